@@ -1,0 +1,224 @@
+"""The Latent Recurrent Transformer: one forward for training, prompt reading and decoding alike.
+
+Memory enters `forward` as an argument and latents leave it as a result; where keys and values live is the business of
+the `kv` argument (`kv.py`). Nothing here knows which phase calls it. Source: arXiv 2605.26797, section 3.
+
+Shapes: B batch, T tokens, D hidden size, L layers, N query heads, G key/value heads, H head size (N*H = D), V vocabulary.
+A leading `...` is [B] in training and absent in serving, where the tokens of all sequences lie flat.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrt_core.config import ModelConfig
+from lrt_core.kv import KV, Heads
+from lrt_core.memory import Gates, MemoryProjection, ProjectedMemory, mix, split_gates
+
+_EPS = torch.finfo(torch.float32).eps
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last axis without learned weights; eps is float32's machine epsilon in every type."""
+    return F.rms_norm(x, (x.shape[-1],), eps=_EPS)
+
+
+class Rope(NamedTuple):
+    """cos and sin of the rotation angles, each [..., T, 1, H/2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotate heads [..., T, heads, H]: the first half pairs with the second half."""
+        x1, x2 = x.chunk(2, dim=-1)
+        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
+        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+def make_rope(config: ModelConfig, positions: Tensor) -> Rope:
+    """Rotation for integer positions [..., T]; rounded to config.rope_dtype, as the release that trained the model did."""
+    channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
+    inverse_frequency = 1.0 / (config.rope_base ** (channels / config.head_dim))
+    angles = positions.to(torch.float32).unsqueeze(-1) * inverse_frequency
+    dtype = torch.bfloat16 if config.rope_dtype == "bfloat16" else torch.float32
+    return Rope(angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2))
+
+
+class ForwardResult(NamedTuple):
+    """hidden: normed output of the last layer, what `logits` reads; latents: normed output of the source layer; [..., T, D]"""
+
+    hidden: Tensor
+    latents: Tensor
+
+
+class InputProjections(nn.Module):
+    """Wq, Wk, Wv and the gates' Wg of one layer."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.num_gate_channels = config.num_gate_channels
+        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.key = nn.Linear(config.hidden_size, config.kv_size, bias=False)
+        self.value = nn.Linear(config.hidden_size, config.kv_size, bias=False)
+        num_gates = config.num_gates(layer) * config.num_kv_heads
+        self.gate = nn.Linear(config.num_gate_channels, num_gates, bias=False) if num_gates else None
+
+    def forward(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """a [..., T, D] -> query [..., T, D], key and value [..., T, G*H], raw gates [..., T, num_gates*G] or None."""
+        gate = self.gate(a[..., : self.num_gate_channels]) if self.gate is not None else None
+        return self.query(a), self.key(a), self.value(a), gate
+
+
+class Attention(nn.Module):
+    """Self-attention whose keys and values also carry memory and token-indexed value embeddings."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.input = InputProjections(config, layer)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        has_embedding = config.has_value_embedding(layer)
+        self.value_embedding = nn.Embedding(config.padded_vocab_size, config.kv_size) if has_embedding else None
+
+    def forward(self, a: Tensor, tokens: Tensor, rope: Rope, memory: ProjectedMemory | None, kv: KV) -> Tensor:
+        """a [..., T, D] normed input -> [..., T, D]."""
+        heads = self._heads(a, tokens, rope, memory)
+        out: Tensor = self.output(kv.attend(self.layer, heads).flatten(-2))
+        return out
+
+    def _heads(self, a: Tensor, tokens: Tensor, rope: Rope, memory: ProjectedMemory | None) -> Heads:
+        head_dim = self.config.head_dim
+        flat_query, flat_key, flat_value, raw_gates = self.input(a)
+        gates = split_gates(raw_gates, self.config, self.layer)
+        query = flat_query.unflatten(-1, (-1, head_dim))
+        raw_key = mix(flat_key.unflatten(-1, (-1, head_dim)), gates.local, memory and memory.key, gates.memory)
+        value = mix(flat_value.unflatten(-1, (-1, head_dim)), gates.local, memory and memory.value, gates.memory)
+        value = self._add_value_embedding(value, tokens, gates)
+        return Heads(norm(rope.rotate(query)), norm(rope.rotate(raw_key)), value, raw_key, gates.memory)
+
+    def _add_value_embedding(self, value: Tensor, tokens: Tensor, gates: Gates) -> Tensor:
+        if self.value_embedding is None or gates.value_embedding is None:
+            return value
+        embedding = self.value_embedding(tokens).unflatten(-1, (-1, self.config.head_dim))
+        embedded: Tensor = value + gates.value_embedding * embedding
+        return embedded
+
+
+class MLP(nn.Module):
+    """W_down relu(W_up x)^2."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., T, D] -> [..., T, D]."""
+        out: Tensor = self.down(F.relu(self.up(x)).square())
+        return out
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each on the normed residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, tokens: Tensor, rope: Rope, memory: ProjectedMemory | None, kv: KV) -> Tensor:
+        """Residual stream [..., T, D] -> [..., T, D]."""
+        x = x + self.attention(norm(x), tokens, rope, memory, kv)
+        out: Tensor = x + self.mlp(norm(x))
+        return out
+
+
+class LatentRecurrentTransformer(nn.Module):
+    """The model. `forward` gives hidden states and latents, `logits` reads hidden states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        num_layers = config.num_layers
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(num_layers))
+        self.head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.residual_scale = nn.Parameter(torch.ones(num_layers)) if config.use_residual_scale else None
+        self.embedding_scale = nn.Parameter(torch.zeros(num_layers)) if config.use_embedding_scale else None
+        self.memory_scale = nn.Parameter(torch.zeros(num_layers)) if config.residual_injection else None
+        self.memory_projection = MemoryProjection(config) if config.kv_projection else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, and of latents and cache."""
+        return self.head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.head.weight.device
+
+    def forward(self, tokens: Tensor, positions: Tensor, memory: Tensor | None, kv: KV) -> ForwardResult:
+        """Run every layer over the given tokens.
+
+        tokens, positions: integers [..., T] (positions may be [T] for a batch [B, T]). memory: [..., T, D], the latent of
+        each token's predecessor, explicit zeros where there is none; None exactly when the model has no recurrence.
+        kv: stores these tokens' keys and values and attends. Raises ValueError when memory and recurrence disagree.
+        """
+        if (memory is None) != (self.config.recurrence is None):
+            raise ValueError("memory must be given to a recurrent model (zeros at position 0) and to no other")
+        rope = make_rope(self.config, positions)
+        x = x0 = norm(self.embedding(tokens))
+        projected = self.memory_projection(memory) if self.memory_projection is not None else None
+        latents = x
+        for index, layer in enumerate(self.layers):
+            x = layer(self._inject(index, x, x0, memory), tokens, rope, projected and projected[index], kv)
+            if index == self.config.source_layer:
+                latents = norm(x)
+        last_is_source = self.config.source_layer == self.config.num_layers - 1
+        return ForwardResult(latents if last_is_source else norm(x), latents)
+
+    def _inject(self, layer: int, x: Tensor, x0: Tensor, memory: Tensor | None) -> Tensor:
+        """alpha x + beta x0 + gamma memory for one layer, each [..., T, D]."""
+        x = self.residual_scale[layer] * x if self.residual_scale is not None else x
+        if self.embedding_scale is not None:
+            x = x + self.embedding_scale[layer] * x0
+        if self.memory_scale is not None and memory is not None:
+            x = x + self.memory_scale[layer] * memory
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] -> float32 logits [..., V], softly capped at +-config.logit_softcap."""
+        cap = self.config.logit_softcap
+        raw = self.head(hidden)[..., : self.config.vocab_size].float()
+        return cap * torch.tanh(raw / cap)
+
+    def zero_memory(self, *shape: int) -> Tensor | None:
+        """Explicit zeros [*shape, D] for a recurrent model, None for a plain one."""
+        if self.config.recurrence is None:
+            return None
+        return torch.zeros(*shape, self.config.hidden_size, dtype=self.dtype, device=self.device)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fresh weights as the authors' release draws them: uniform of deviation 1/sqrt(D), outputs zero, gates neutral."""
+        bound = (3.0 / self.config.hidden_size) ** 0.5
+        for name, weight in self.named_parameters():
+            if name == "embedding.weight":
+                weight.normal_(0.0, 1.0, generator=generator)
+            elif name == "head.weight":
+                weight.normal_(0.0, 0.001, generator=generator)
+            elif name.endswith(("attention.output.weight", "mlp.down.weight", "gate.weight")):
+                weight.zero_()
+            elif name in _INITIAL_SCALES:
+                weight.fill_(_INITIAL_SCALES[name])
+            else:
+                weight.uniform_(-bound, bound, generator=generator)
+
+
+_INITIAL_SCALES = {"residual_scale": 1.0, "embedding_scale": 0.1, "memory_scale": 0.1}

@@ -1,0 +1,1 @@
+"""Serve Latent Recurrent Transformers over an OpenAI-compatible HTTP API."""

@@ -1,0 +1,1 @@
+"""Train Latent Recurrent Transformers."""
