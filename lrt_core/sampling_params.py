@@ -1,0 +1,54 @@
+"""How one request wants its tokens drawn; plain data, so that the scheduler needs no torch. `sampling.py` applies it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Applied in this order: penalties, logit_bias, allowed_token_ids, temperature, top_k, top_p, min_p.
+
+    temperature: 0 is greedy. top_k: 0 or -1 keeps all. seed: None draws one per request. repetition_penalty divides
+    positive and multiplies negative logits of tokens seen in prompt or output; presence and frequency penalties are
+    subtracted for tokens seen in the output. Raises ValueError naming the field.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.temperature < math.inf, f"temperature must be finite and at least 0, got {self.temperature}")
+        _require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
+        _require(self.top_k >= -1, f"top_k must be at least -1, got {self.top_k}")
+        _require(0 <= self.min_p <= 1, f"min_p must lie in [0, 1], got {self.min_p}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(-2 <= value <= 2, f"{name} must lie in [-2, 2], got {value}")
+        _require(0 < self.repetition_penalty < math.inf, f"repetition_penalty must be positive, got {self.repetition_penalty}")
+        _require(self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids must not be empty")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature == 0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether tokens seen so far change the logits."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
