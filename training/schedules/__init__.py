@@ -1,0 +1,17 @@
+"""Training schedules: which forwards a step makes and what each is fed.
+
+A schedule is a function (model, tokens, targets) -> Losses; each file here holds one, and adding one adds one file and one
+line to `training/config.py`. The trainer backpropagates `total`; evaluation reads `passes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lrt_core.model import LatentRecurrentTransformer
+from training.schedules.losses import Losses
+
+Schedule = Callable[[LatentRecurrentTransformer, Tensor, Tensor], Losses]
+"""tokens and targets are integers [B, T]; targets[:, t] is the token after tokens[:, t]."""

@@ -1,0 +1,79 @@
+"""`interleaved`: a full forward, then one forward per subset of positions against buffered keys and values (paper section 4).
+
+Cost: about two forwards of the sequence. Nothing is detached: gradients flow through the buffers and the memories.
+
+Shapes: B batch, T tokens, D hidden size, S subsets; subset i holds the positions i, i+S, ...
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrt_core.kv import BufferedKV, CausalKV, Heads
+from lrt_core.memory import shift
+from lrt_core.model import LatentRecurrentTransformer, make_rope, norm
+from training.schedules.losses import Losses, PassLosses, mean_of_passes, token_losses
+
+
+def interleaved(
+    model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor, *, num_subsets: int = 2, kv_refresh: bool = False
+) -> Losses:
+    """Losses of the S+1 forwards, the first with zero memory and over all positions, the others over their subset.
+
+    Subset i reads the latest latents shifted by one; its fresh keys and values replace the buffered ones, its latents the
+    earlier ones. `kv_refresh` re-projects the keys and values of positions not visited yet from the latest latents.
+    ValueError for a model without recurrence or a sequence shorter than S.
+    """
+    _check(model, tokens, num_subsets)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    first = CausalKV(model.config, record=True)
+    hidden, latents = model(tokens, positions, model.zero_memory(*tokens.shape), first)
+    assert first.recorded is not None
+    buffer = BufferedKV(model.config, first.recorded, num_subsets)
+    if kv_refresh:
+        refresh(model, buffer, first.recorded, shift(latents))
+    passes = [PassLosses(positions, token_losses(model, hidden, targets))]
+    latest, token_parts, target_parts = buffer.split(latents), buffer.split(tokens), buffer.split(targets)
+    for subset in range(num_subsets):
+        positions = buffer.begin(subset)
+        memory = _memory_of(subset, latest)
+        hidden, latest[subset] = model(token_parts[subset], positions, memory, buffer)
+        passes.append(PassLosses(positions, token_losses(model, hidden, target_parts[subset])))
+    return mean_of_passes(passes)
+
+
+def _check(model: LatentRecurrentTransformer, tokens: Tensor, num_subsets: int) -> None:
+    if model.config.recurrence is None:
+        raise ValueError("the interleaved schedule trains recurrent models; use baseline for this one")
+    if not 1 <= num_subsets <= tokens.shape[1]:
+        raise ValueError(f"num_subsets must lie in 1..{tokens.shape[1]} (the sequence), got {num_subsets}")
+
+
+def _memory_of(subset: int, latest: list[Tensor]) -> Tensor:
+    """Memories [B, T_i, D] of a subset: the latents of the subset before it; for subset 0 the last one's, moved one group on."""
+    if subset > 0:
+        return latest[subset - 1][:, : latest[subset].shape[1]]
+    if len(latest) == 1:
+        return shift(latest[0])
+    zeros = torch.zeros_like(latest[0][:, :1])
+    return torch.cat([zeros, latest[-1][:, : latest[0].shape[1] - 1]], dim=1)
+
+
+def refresh(model: LatentRecurrentTransformer, buffer: BufferedKV, recorded: list[Heads], memory: Tensor) -> None:
+    """Re-project buffered keys and values from `memory` [B, T, D] with the gates of the first forward, whose memory was zero.
+
+    Subset 0 is left out: its own forward comes next and replaces it. For the same reason once is enough: a subset's
+    new latents change only the memories of the subset after it, which is computed afresh next; all others keep theirs.
+    """
+    if model.memory_projection is None:
+        return
+    memories = buffer.split(memory)
+    for subset in range(1, buffer.num_subsets):
+        rope = make_rope(model.config, buffer.positions[subset])
+        for layer, (heads, projected) in enumerate(zip(recorded, model.memory_projection(memories[subset]), strict=True)):
+            assert heads.memory_gate is not None
+            gate = buffer.split(heads.memory_gate)[subset]
+            raw_key = buffer.split(heads.raw_key)[subset] + gate * projected.key
+            buffer.keys[layer][subset] = norm(rope.rotate(raw_key))
+            buffer.values[layer][subset] = buffer.values[layer][subset] + gate * projected.value
