@@ -103,8 +103,9 @@ def replaced_directory(directory: Path, is_ours: Callable[[str], bool]) -> Itera
     """Yield an empty sibling folder that takes the place of `directory` when the block ends without an error.
 
     At every moment the old content, the new content or both are whole on the disk: the old folder is renamed to
-    `backup_of(directory)`, the new one takes its name, then the backup goes; `existing` finds whichever is there. A folder
-    that holds an entry for which `is_ours` is false is never replaced (CheckpointError), so that a mistyped path costs nothing.
+    `backup_of(directory)`, the new one takes its name, then the backup goes; `existing` finds whichever is there. A folder that
+    holds an entry, named relative to it, for which `is_ours` is false is never replaced (CheckpointError), so that a mistyped
+    path costs nothing.
     """
     directory = directory.resolve()
     _check_replaceable(directory, is_ours)
@@ -124,9 +125,10 @@ def _check_replaceable(directory: Path, is_ours: Callable[[str], bool]) -> None:
         return
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: exists and is not a directory")
-    foreign = sorted(entry.name for entry in directory.iterdir() if not is_ours(entry.name))
-    if foreign:
-        raise CheckpointError(f"{directory}: will not replace a folder that also holds {', '.join(foreign[:3])}")
+    for entry in directory.rglob("*"):
+        name = entry.relative_to(directory).as_posix()
+        if not is_ours(name):
+            raise CheckpointError(f"{directory}: will not replace a folder that also holds {name}")
 
 
 def _publish(temporary: Path, directory: Path) -> None:
