@@ -30,15 +30,16 @@ class Rule(NamedTuple):
 
 
 SEAM = ("request", "stats", "config")
-BELOW_THE_ENGINE = (*SEAM, "sequence", "block_manager", "scheduler", "batch", "model_runner", "sample", "detokenizer")
+BELOW_THE_ENGINE = (*SEAM, "sequence", "block_manager", "scheduler", "batch", "model_runner", "detokenizer")
+ABOVE_THE_ENGINE = ("server.engine.async_engine", "server.engine.sample")
 
 RULES = (
     Rule("lrt_core", ("training", "server", *WEB)),
     Rule("training", ("server", *WEB)),
     Rule("server", ("training",)),
     Rule("server.engine", ("server", *WEB), allowed=("server.engine",)),
-    Rule("server.engine.engine", ("server.engine.async_engine",)),
-    *(Rule(f"server.engine.{name}", ("server.engine.engine", "server.engine.async_engine")) for name in BELOW_THE_ENGINE),
+    Rule("server.engine.engine", ABOVE_THE_ENGINE),
+    *(Rule(f"server.engine.{name}", ("server.engine.engine", *ABOVE_THE_ENGINE)) for name in BELOW_THE_ENGINE),
     Rule(
         "server.api",
         ("server.engine", "server.__main__"),
