@@ -65,13 +65,11 @@ _NAMES = [
     (r"layers\.(\d+)\.mlp\.up\.weight", r"transformer.h.\1.mlp.c_fc.weight"),
     (r"layers\.(\d+)\.mlp\.down\.weight", r"transformer.h.\1.mlp.c_proj.weight"),
 ]
-_RECURRENT  # Our name of a tensor as a pattern, and the authors' name for it.
-_NAMES = [
+_RECURRENT_NAMES = [
     (r"layers\.(\d+)\.attention\.input\.gate\.weight", r"transformer.h.\1.attn.triple_gate.weight"),
     (r"layers\.(\d+)\.attention\.value_embedding\.weight", r"interleaved_init_value_embeds.\1.weight"),
 ]
-_PLAIN  # Our name of a tensor as a pattern, and the authors' name for it.
-_NAMES = [
+_PLAIN_NAMES = [
     (r"layers\.(\d+)\.attention\.input\.gate\.weight", r"transformer.h.\1.attn.ve_gate.weight"),
     (r"layers\.(\d+)\.attention\.value_embedding\.weight", r"value_embeds.\1.weight"),
 ]
