@@ -80,7 +80,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.input = InputProjections(config, layer)
+        self.input: nn.Module = InputProjections(config, layer)
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         has_embedding = config.has_value_embedding(layer)
         self.value_embedding = nn.Embedding(config.padded_vocab_size, config.kv_size) if has_embedding else None
@@ -151,7 +151,7 @@ class LatentRecurrentTransformer(nn.Module):
         self.residual_scale = nn.Parameter(torch.ones(num_layers)) if config.use_residual_scale else None
         self.embedding_scale = nn.Parameter(torch.zeros(num_layers)) if config.use_embedding_scale else None
         self.memory_scale = nn.Parameter(torch.zeros(num_layers)) if config.residual_injection else None
-        self.memory_projection = MemoryProjection(config) if config.kv_projection else None
+        self.memory_projection: nn.Module | None = MemoryProjection(config) if config.kv_projection else None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -49,7 +49,8 @@ class RequestStats:
 
 
 class EngineObserver(Protocol):
-    """Callbacks must be thread-safe and must not raise: `on_step` comes from the engine's thread, the rest from the event loop."""
+    """Callbacks must be thread-safe and must not raise: `on_step` comes from the engine's thread, the rest from the event
+    loop."""
 
     def on_step(self, stats: StepStats) -> None:
         """After every engine step."""
@@ -61,7 +62,7 @@ class EngineObserver(Protocol):
         """A request was refused for load; reason as in AdmissionError."""
 
     def on_tokens(self, num_tokens: int, since_arrival: float | None, since_previous: float | None) -> None:
-        """`num_tokens` generated tokens of a sample arrived: its first (seconds since arrival) or later ones (since previous)."""
+        """`num_tokens` generated tokens of a sample arrived: its first (seconds since arrival) or later (since previous)."""
 
     def on_finished(self, stats: RequestStats) -> None:
         """A sample ended, aborted ones included."""

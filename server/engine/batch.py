@@ -1,0 +1,84 @@
+"""From scheduled windows to flat tensors: what one forward of the model needs, and where its results belong.
+
+Decoding sequences come first, so that they are one padded group; every prompt window is a group of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrt_core.paged import DecodeGroup, PagedKV, PagedPool, WindowGroup
+from server.engine.scheduler import ScheduledWindow
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step, flat. tokens, positions, slots and memory_rows are int64 [T]; window i owns rows offsets[i]..offsets[i+1]."""
+
+    windows: list[ScheduledWindow]
+    offsets: list[int]
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    memory_rows: Tensor
+    kv: PagedKV
+
+
+def build(windows: Sequence[ScheduledWindow], pool: PagedPool, block_size: int) -> Batch:
+    """Lay out the step's windows over the pool."""
+    ordered = sorted(windows, key=lambda window: window.num_tokens > 1)
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    memory_rows: list[int] = []
+    offsets = [0]
+    for window in ordered:
+        sequence, end = window.sequence, window.start + window.num_tokens
+        tokens += sequence.token_ids[window.start : end]
+        positions += range(window.start, end)
+        own = _slots(sequence.block_table, window.start, end, block_size)
+        slots += own
+        memory_rows += _memory_rows(window, own, pool.zero_row, block_size)
+        offsets.append(len(tokens))
+    device = pool.keys.device
+    flat = torch.tensor([tokens, positions, slots, memory_rows], device=device)
+    kv = PagedKV(pool, flat[2], *_groups(ordered, offsets, block_size, device))
+    return Batch(ordered, offsets, flat[0], flat[1], flat[2], flat[3], kv)
+
+
+def _slots(block_table: list[int], start: int, end: int, block_size: int) -> list[int]:
+    return [block_table[p // block_size] * block_size + p % block_size for p in range(start, end)]
+
+
+def _memory_rows(window: ScheduledWindow, slots: list[int], zero_row: int, block_size: int) -> list[int]:
+    """Latent row of each position's predecessor, where one has been computed since the sequence was placed."""
+    sequence, start = window.sequence, window.start
+    before = _slots(sequence.block_table, start - 1, start, block_size) if start else [zero_row]
+    rows = before + slots[:-1]
+    num_known = sequence.num_touched_tokens - start + 1
+    return rows if num_known >= len(rows) else rows[: max(num_known, 1)] + [zero_row] * (len(rows) - max(num_known, 1))
+
+
+def _groups(
+    windows: list[ScheduledWindow], offsets: list[int], block_size: int, device: torch.device
+) -> tuple[DecodeGroup | None, list[WindowGroup]]:
+    num_decodes = sum(window.num_tokens == 1 for window in windows)
+    decodes = _decode_group(windows[:num_decodes], block_size, device) if num_decodes else None
+    groups = []
+    for window, offset in zip(windows[num_decodes:], offsets[num_decodes:-1], strict=True):
+        context = _slots(window.sequence.block_table, 0, window.start + window.num_tokens, block_size)
+        groups.append(WindowGroup(offset, window.num_tokens, torch.tensor(context, device=device)))
+    return decodes, groups
+
+
+def _decode_group(windows: list[ScheduledWindow], block_size: int, device: torch.device) -> DecodeGroup:
+    context_lens = [window.start + 1 for window in windows]
+    num_blocks = -(-max(context_lens) // block_size)
+    tables = [(window.sequence.block_table + [0] * num_blocks)[:num_blocks] for window in windows]
+    blocks = torch.tensor(tables, device=device)
+    slots = (blocks.unsqueeze(-1) * block_size + torch.arange(block_size, device=device)).flatten(1)
+    return DecodeGroup(slots[:, : max(context_lens)], torch.tensor(context_lens, device=device))

@@ -1,0 +1,161 @@
+"""The synchronous engine: takes requests, steps, hands out tokens. One thread owns it; `async_engine.py` is its front door."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+
+from server.engine.block_manager import BlockManager
+from server.engine.config import EngineConfig
+from server.engine.model_runner import ModelRunner, WindowResult
+from server.engine.request import FinishReason, GenerationRequest, PromptTooLongError, RequestError, TokenLogprob
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence
+from server.engine.stats import StepStats
+
+
+@dataclass
+class SequenceOutput:
+    """What a step has for the consumer of one sequence: a token, its end, or both; an end carries the prompt's logprobs if the
+    sequence never generated."""
+
+    sequence: Sequence
+    token: TokenLogprob | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """The whole prompt's entries, with the first output of a sequence that asked for them."""
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class StepOutput:
+    """Everything one step produced."""
+
+    outputs: list[SequenceOutput] = field(default_factory=list)
+    stats: StepStats = field(default_factory=StepStats)
+
+
+class Engine:
+    """Scheduler, blocks and model in one place.
+
+    eos_ids end a sequence unless it ignores them. With check_invariants every step ends with a check that reference counts,
+    free list and block tables agree (a failed one is a bug: AssertionError).
+    """
+
+    def __init__(
+        self, runner: ModelRunner, eos_ids: Collection[int], check_invariants: bool = False, seed: int | None = None
+    ) -> None:
+        self.runner, self.config = runner, runner.config
+        self.eos_ids = frozenset(eos_ids)
+        self.blocks = BlockManager(self.config.num_blocks, self.config.block_size)
+        self.scheduler = Scheduler(self.config, self.blocks)
+        self.check_invariants = check_invariants
+        self._random = random.Random(seed)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raise PromptTooLongError or RequestError for a request that can never be served."""
+        check_request(self.config, self.runner.model.config.vocab_size, request)
+
+    def add(self, request: GenerationRequest) -> list[Sequence]:
+        """Queue the request's samples; without a seed of its own a request draws one."""
+        self.check(request)
+        seed = request.sampling.seed if request.sampling.seed is not None else self._random.getrandbits(63)
+        sequences = [Sequence(request, index, seed + index) for index in range(request.n)]
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+        return sequences
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence from outside (its client is gone, a stop string matched); a finished one stays as it is."""
+        self.scheduler.finish(sequence, reason)
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.has_work()
+
+    def step(self) -> StepOutput:
+        """Run one step over what is scheduled."""
+        started = time.monotonic()
+        preemptions, recomputed = self.scheduler.num_preemptions, self.scheduler.num_recomputed_tokens
+        windows = self.scheduler.schedule()
+        output = StepOutput()
+        if windows:
+            for window in windows:
+                window.sequence.first_scheduled = window.sequence.first_scheduled or started
+            results = self.runner.execute(windows)
+            self._count(results, output.stats)
+            for result in results:
+                output.outputs += self._advance(result)
+        output.stats = replace(
+            output.stats,
+            num_preemptions=self.scheduler.num_preemptions - preemptions,
+            num_recomputed_tokens=self.scheduler.num_recomputed_tokens - recomputed,
+            step_seconds=time.monotonic() - started if windows else 0.0,
+        )
+        self.fill_gauges(output.stats)
+        if self.check_invariants:
+            self.blocks.check_invariants([*self.scheduler.running, *self.scheduler.waiting])
+        return output
+
+    def fill_gauges(self, stats: StepStats) -> None:
+        """Write the queues' lengths and the pool's usage into `stats`."""
+        stats.num_running, stats.num_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        stats.kv_cache_usage = self.blocks.usage
+
+    def _count(self, results: list[WindowResult], stats: StepStats) -> None:
+        for result in results:
+            window, sequence = result.window, result.window.sequence
+            stats.num_scheduled_tokens += window.num_tokens
+            settled = window.start + result.num_settled
+            stats.num_settled_prompt_tokens += max(0, min(settled, sequence.num_prompt_tokens) - window.start)
+            if result.residual is not None:
+                stats.refinement_residuals.append(result.residual)
+            if window.start < sequence.num_prompt_tokens <= settled:
+                stats.refinement_passes.append((sequence.num_computed_rows + window.num_tokens) / settled)
+
+    def _advance(self, result: WindowResult) -> list[SequenceOutput]:
+        """Apply one window's result to its sequence."""
+        window, sequence = result.window, result.window.sequence
+        sequence.advance(result.num_settled, window.num_tokens)
+        sequence.prompt_logprobs += result.prompt_logprobs
+        if sequence.num_uncomputed_tokens > 0:
+            return []
+        output = SequenceOutput(sequence, result.token)
+        if sequence.num_output_tokens == 0 and sequence.request.prompt_logprobs is not None:
+            first = TokenLogprob(sequence.token_ids[0], None)
+            output.prompt_logprobs = [first, *sequence.prompt_logprobs]
+        if result.token is not None:
+            sequence.token_ids.append(result.token.token_id)
+        output.finish_reason = self._finish_reason(sequence, result.token)
+        if output.finish_reason is not None:
+            self.scheduler.finish(sequence, output.finish_reason)
+        return [output]
+
+    def _finish_reason(self, sequence: Sequence, token: TokenLogprob | None) -> FinishReason | None:
+        stopping = sequence.request.stopping
+        if token is not None and token.token_id in self.eos_ids and not stopping.ignore_eos:
+            return "stop"
+        return "length" if sequence.num_tokens >= sequence.max_num_tokens else None
+
+
+def check_request(config: EngineConfig, vocab_size: int, request: GenerationRequest) -> None:
+    """Raise PromptTooLongError or RequestError for a request that an engine of this configuration can never serve."""
+    num_prompt, max_tokens = len(request.prompt_ids), request.stopping.max_tokens
+    if num_prompt == 0:
+        raise RequestError("the prompt is empty")
+    if max_tokens < 0 or request.n < 1:
+        raise RequestError("max_tokens must be at least 0 and n at least 1")
+    outside = next((token for token in request.prompt_ids if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise RequestError(f"token id {outside} lies outside 0..{vocab_size - 1}")
+    if num_prompt + max_tokens > config.max_model_len:
+        raise PromptTooLongError(
+            f"This model's maximum context length is {config.max_model_len} tokens. However, you requested "
+            f"{num_prompt + max_tokens} tokens ({num_prompt} in the prompt, {max_tokens} to generate)."
+        )
+    if num_prompt + max_tokens > config.capacity:
+        raise RequestError(
+            f"the request needs {num_prompt + max_tokens} tokens of cache, the server has {config.capacity} in all; "
+            "shorten it or start the server with a larger --kv-cache-memory"
+        )

@@ -1,0 +1,123 @@
+"""From a checkpoint directory and a few numbers to an engine; defaults that depend on model and machine are settled here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lrt_core.checkpoint import load_generation_config, load_model, load_tokenizer
+from lrt_core.config import ModelConfig
+from lrt_core.fused import fuse
+from lrt_core.hardware import available_memory, has_fast_bf16
+from lrt_core.model import LatentRecurrentTransformer
+from lrt_core.paged import PagedPool
+from server.engine.async_engine import AsyncEngine
+from server.engine.config import EngineConfig, PrefillMode
+from server.engine.engine import Engine
+from server.engine.model_runner import ModelRunner
+from server.engine.stats import EngineObserver
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEFAULT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+"""Relative change below which a memory counts as settled; bfloat16 itself rounds to 4e-3."""
+_MEMORY_SHARE = 0.4
+"""Largest share of the memory still available that the cache takes unless told otherwise."""
+
+
+class LoadError(ValueError):
+    """These numbers make no engine for this checkpoint on this machine."""
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What to load and how. None lets model and machine decide: max_model_len is the trained context, kv_cache_memory (bytes)
+    what max_num_seqs sequences of full length need within a share of the free memory, the tolerance follows the type."""
+
+    checkpoint: Path
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "cpu"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_num_waiting: int = 1024
+    kv_cache_memory: int | None = None
+    block_size: int = 16
+    prefill: PrefillMode = "window"
+    prefill_window: int = 128
+    prefill_tolerance: float | None = None
+    check_invariants: bool = False
+    seed: int | None = None
+
+
+def load_engine(
+    options: LoadOptions,
+    observer: EngineObserver | None = None,
+    on_death: Callable[[BaseException], None] | None = None,
+) -> AsyncEngine:
+    """Load the checkpoint and build an engine over it (not started).
+
+    Raises CheckpointError for the checkpoint, LoadError for numbers that do not go together.
+    """
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        raise LoadError(f"--device {options.device}: no CUDA device is available")
+    dtype = DTYPES.get(options.dtype) or (torch.bfloat16 if has_fast_bf16(options.device) else torch.float32)
+    model = load_model(options.checkpoint, dtype=dtype, device=options.device)
+    tokenizer = load_tokenizer(options.checkpoint)
+    generation = load_generation_config(options.checkpoint)
+    fuse(model)
+    runner = ModelRunner(model, resolve(options, model.config, dtype))
+    engine = Engine(runner, generation.eos_token_ids, options.check_invariants, options.seed)
+    return AsyncEngine(engine, tokenizer, observer, on_death)
+
+
+def resolve(options: LoadOptions, model_config: ModelConfig, dtype: torch.dtype) -> EngineConfig:
+    """Settle what the options leave open. Raises LoadError."""
+    max_model_len = options.max_model_len or model_config.sequence_len
+    tolerance = DEFAULT_TOLERANCE[dtype] if options.prefill_tolerance is None else options.prefill_tolerance
+    try:
+        return EngineConfig(
+            max_model_len=max_model_len,
+            num_blocks=_num_blocks(options, max_model_len, PagedPool.bytes_per_slot(model_config, dtype)),
+            block_size=options.block_size,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_num_waiting=options.max_num_waiting,
+            prefill=options.prefill,
+            window=min(options.prefill_window, options.max_num_batched_tokens),
+            tolerance=tolerance,
+        )
+    except ValueError as error:
+        raise LoadError(str(error)) from None
+
+
+def fingerprint(model: LatentRecurrentTransformer) -> str:
+    """Eight hex digits that name the weights: a hash over each tensor's name, shape and a spread of its bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 4096)].contiguous().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
+def _num_blocks(options: LoadOptions, max_model_len: int, bytes_per_slot: int) -> int:
+    bytes_per_block = bytes_per_slot * options.block_size
+    one_sequence = -(-max_model_len // options.block_size)
+    if options.kv_cache_memory is not None:
+        num_blocks = options.kv_cache_memory // bytes_per_block
+        if num_blocks < 1:
+            raise LoadError(f"--kv-cache-memory must hold at least one block of {bytes_per_block} bytes")
+        return num_blocks
+    affordable = int(available_memory(options.device) * _MEMORY_SHARE) // bytes_per_block
+    if affordable < one_sequence:
+        raise LoadError(
+            f"one sequence of {max_model_len} tokens needs {one_sequence * bytes_per_block} bytes of cache and too little "
+            "memory is free; lower --max-model-len"
+        )
+    return min(affordable, one_sequence * options.max_num_seqs)
