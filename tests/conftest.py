@@ -1,0 +1,30 @@
+"""Fixtures for all tests, and one thread: two busy ones on a shared machine spin at OpenMP's barriers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrt_core.checkpoint import save_checkpoint
+from lrt_core.convert import main as convert
+from tests.helpers import GOLDEN, GOLDEN_NAMES, tiny_model, tiny_tokenizer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The golden cases, each turned into a checkpoint by `lrt-convert`. Read only."""
+    folder = tmp_path_factory.mktemp("golden")
+    for name in GOLDEN_NAMES:
+        assert convert([str(GOLDEN / name), str(folder / name)]) == 0
+    return {name: folder / name for name in GOLDEN_NAMES}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A tiny layerwise checkpoint in float32, fresh for each test, so that it may be damaged."""
+    save_checkpoint(tmp_path / "checkpoint", tiny_model(), tiny_tokenizer())
+    return tmp_path / "checkpoint"
