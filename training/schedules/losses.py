@@ -1,14 +1,20 @@
-"""What a schedule returns, and the token losses of one forward. Shapes: B batch, T tokens, D hidden size."""
+"""What a schedule returns, and the token losses of one forward, computed in chunks so that logits never exist whole.
+
+Shapes: B batch, T tokens, D hidden size, V vocabulary, R = B*T rows.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lrt_core.model import LatentRecurrentTransformer
+
+_CHUNK_ELEMENTS = 1 << 19
+"""Logits per chunk: two megabytes of float32, which stay in a core's cache from the product to the gradient."""
 
 
 class PassLosses(NamedTuple):
@@ -26,11 +32,61 @@ class Losses(NamedTuple):
 
 
 def token_losses(model: LatentRecurrentTransformer, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of every target: hidden [B, T, D] and targets [B, T] -> float32 [B, T], in nats."""
-    logits = model.logits(hidden)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    """Cross entropy of `model.logits`: hidden [B, T, D] and targets [B, T] -> float32 [B, T], in nats.
+
+    Under autocast the head's product runs in autocast's type, like the model's own.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    weight = model.head.weight[: model.config.vocab_size].to(dtype)
+    rows = _ChunkedCrossEntropy.apply(hidden.flatten(0, 1).to(dtype), weight, targets.flatten(), model.config.logit_softcap)
+    losses: Tensor = rows
+    return losses.view(targets.shape)
 
 
 def mean_of_passes(passes: list[PassLosses]) -> Losses:
     """Every forward weighs the same, whatever the number of its positions."""
     return Losses(torch.stack([one.token_losses.mean() for one in passes]).mean(), passes)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """-log softmax(cap tanh(h W^T / cap))[target] per row; the backward computes each chunk's logits a second time."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+        """hidden [R, D], weight [V, D], targets [R] -> float32 [R]."""
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        normalizers = torch.empty_like(losses)
+        for rows in _chunks(hidden, weight):
+            logits = _tanh(hidden[rows], weight, cap).mul_(cap)
+            normalizers[rows] = logits.logsumexp(dim=-1)
+            losses[rows] = normalizers[rows] - logits.gather(1, targets[rows, None]).squeeze(1)
+        ctx.save_for_backward(hidden, weight, targets, normalizers)
+        ctx.cap = cap
+        return losses
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """grad [R] -> gradients of hidden and weight."""
+        hidden, weight, targets, normalizers = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for rows in _chunks(hidden, weight):
+            tanh = _tanh(hidden[rows], weight, ctx.cap)
+            delta = (tanh * ctx.cap).sub_(normalizers[rows, None]).exp_()
+            delta.scatter_add_(1, targets[rows, None], torch.full_like(delta[:, :1], -1.0))
+            delta.mul_(grad[rows, None]).mul_(tanh.square_().neg_().add_(1.0))
+            narrow = delta.to(hidden.dtype)
+            grad_hidden[rows] = narrow @ weight
+            grad_weight += narrow.T @ hidden[rows]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    size = max(1, _CHUNK_ELEMENTS // len(weight))
+    return [slice(start, start + size) for start in range(0, len(hidden), size)]
+
+
+def _tanh(hidden: Tensor, weight: Tensor, cap: float) -> Tensor:
+    return (hidden @ weight.T).float().div_(cap).tanh_()

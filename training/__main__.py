@@ -1,0 +1,133 @@
+"""`lrt-train`: start, resume and finish training runs from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import get_args
+
+import torch
+
+from lrt_core.config import RecurrenceConfig
+from training.config import PRESETS, PYTHON_SOURCES, Precision, ScheduleName, TrainingConfig
+from training.data import Corpus, load_corpus
+from training.finish import finish
+from training.state import CHECKPOINT_FOLDER
+from training.tokenizer import train_tokenizer
+from training.trainer import Trainer, load_run_config
+
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 1 error, 2 usage, 130 interrupted with the state saved."""
+    argv = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(argv)
+    try:
+        return _train(options, shlex.join(["lrt-train", *argv]))
+    except (ValueError, OSError) as error:
+        print(f"lrt-train: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lrt-train",
+        description="Train a Latent Recurrent Transformer. A run lives in its folder and can be stopped with Ctrl-C and resumed.",
+    )
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="small", help="model and settings (default: %(default)s)")
+    parser.add_argument("--run", type=Path, help="folder of a new run (default: runs/PRESET)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, with the settings stored in it")
+    parser.add_argument("--finish", action="store_true", help="with --resume: write the checkpoint as of the last saved state")
+    parser.add_argument("--out", type=Path, help="where the checkpoint goes (default: RUN/checkpoint)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    settings = parser.add_argument_group("settings of a new run, instead of the preset's")
+    settings.add_argument("--data", action="append", metavar="SOURCE", help=f"{PYTHON_SOURCES}, a file or a folder; repeatable")
+    settings.add_argument("--schedule", choices=get_args(ScheduleName))
+    settings.add_argument("--num-subsets", type=int, metavar="S", help="of the interleaved schedule")
+    settings.add_argument("--kv-refresh", action="store_true", default=None, help="option of the interleaved schedule")
+    settings.add_argument("--steps", type=int, dest="num_steps", help="optimizer steps")
+    settings.add_argument("--time-budget", type=float, metavar="SECONDS", help="end the run after this time at the latest")
+    settings.add_argument("--batch-size", type=int, help="rows per step")
+    settings.add_argument("--seed", type=int)
+    settings.add_argument("--precision", choices=get_args(Precision))
+    return parser
+
+
+_SETTINGS = ("data", "schedule", "num_subsets", "kv_refresh", "num_steps", "time_budget", "batch_size", "seed", "precision")
+
+
+def _train(options: argparse.Namespace, command: str) -> int:
+    trainer = _resumed(options) if options.resume is not None else _created(options)
+    run = trainer.run_folder
+    if not options.finish:
+        signal.signal(signal.SIGINT, _stopper(trainer))
+        signal.signal(signal.SIGTERM, _stopper(trainer))
+        if not trainer.run():
+            print(f"stopped at step {trainer.num_steps_done}; go on with: lrt-train --resume {run}", file=sys.stderr)
+            return EXIT_INTERRUPTED
+    out = options.out or run / CHECKPOINT_FOLDER
+    results = finish(trainer, out, command)
+    print(f"{out}: sequential bpb {results.sequential:.4f}, parallel bpb {results.parallel.merged:.4f}")
+    return 0
+
+
+def _created(options: argparse.Namespace) -> Trainer:
+    if options.finish:
+        raise ValueError("--finish needs --resume RUN")
+    config = _configured(PRESETS[options.preset], options)
+    corpus = _load(config)
+    order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    texts = (corpus.train[index].text for index in order)
+    tokenizer = train_tokenizer(texts, config.model.vocab_size, config.tokenizer_bytes, None)
+    config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+    run = options.run or Path("runs") / options.preset
+    return Trainer.create(config, run, corpus, tokenizer, torch.device(options.device))
+
+
+def _configured(config: TrainingConfig, options: argparse.Namespace) -> TrainingConfig:
+    """The preset with the given settings in place of its own; the recurrence follows the schedule."""
+    given = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
+    if "data" in given:
+        given["data"] = tuple(given["data"])
+    model, schedule = config.model, given.get("schedule", config.schedule)
+    if schedule == "baseline":
+        model = replace(model, recurrence=None)
+    elif model.recurrence is None:
+        model = replace(model, recurrence=RecurrenceConfig(source_layer=model.num_layers - 1))
+    return replace(config, model=model, **given)
+
+
+def _resumed(options: argparse.Namespace) -> Trainer:
+    given = [name for name in _SETTINGS if getattr(options, name) is not None]
+    if given:
+        raise ValueError(f"--resume goes on with the run's own settings; --{given[0].replace('_', '-')} cannot be given")
+    corpus = _load(load_run_config(options.resume))
+    trainer = Trainer.resume(options.resume, corpus, torch.device(options.device))
+    if trainer.data_changed:
+        print("lrt-train: warning: the data changed since this run was saved; it will not go on exactly", file=sys.stderr)
+    return trainer
+
+
+def _load(config: TrainingConfig) -> Corpus:
+    corpus = load_corpus(config.data, config.validation_fraction)
+    if corpus.skipped:
+        print(f"lrt-train: skipped {len(corpus.skipped)} corrupt record(s), the first: {corpus.skipped[0]}", file=sys.stderr)
+    return corpus
+
+
+def _stopper(trainer: Trainer) -> signal._HANDLER:
+    def stop(number: int, frame: FrameType | None) -> None:
+        trainer.stop_requested = True
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+
+    return stop
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Everything that fixes a training run, frozen and validated, and the presets.
+
+A run stores its TrainingConfig as `config.json`, so that resuming needs nothing but the run's folder. Neighbours:
+`trainer.py` runs it, `__main__.py` builds it from the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from typing import Any, Literal, get_args
+
+from lrt_core.config import ModelConfig, RecurrenceConfig
+from training.schedules import Schedule
+from training.schedules.baseline import baseline
+from training.schedules.interleaved import interleaved
+
+ScheduleName = Literal["baseline", "interleaved"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+PYTHON_SOURCES = "python-sources"
+"""The corpus that every machine with this program has: the running interpreter's own Python files."""
+
+
+class TrainingConfigError(ValueError):
+    """A run that cannot be; the message names the setting."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise TrainingConfigError(message)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Learning rates per kind of weight, for hidden size 768; all but the matrices' grow with (hidden_size / 768)^-0.5.
+
+    matrix_lr: attention, MLP and memory projections (Muon). embedding_lr: token and value embeddings. gate_lr: the gates'
+    small matrices. scale_lr: embedding_scale and memory_scale; residual_scale takes a hundredth of it.
+    """
+
+    matrix_lr: float = 0.02
+    embedding_lr: float = 0.2
+    head_lr: float = 0.004
+    gate_lr: float = 0.004
+    scale_lr: float = 0.1
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            _require(isinstance(value, (int, float)) and value >= 0, f"optimizer.{one.name} must be at least 0, got {value!r}")
+        _require(self.clip_norm > 0, f"optimizer.clip_norm must be above 0, got {self.clip_norm}")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One run.
+
+    model: its vocab_size is the tokenizer's target; a corpus too small for it gives a smaller vocabulary.
+    schedule, num_subsets, kv_refresh: see `training/schedules`. data: `python-sources` or paths of files and folders.
+    num_steps: optimizer steps; time_budget: seconds after which the run is over even with steps left, None for no limit. The
+    learning rate follows whichever of the two is nearer its end: it rises over the first `warmup` of the run, stays, and
+    falls to zero over the last `warmdown`.
+    batch_size: rows of `model.sequence_len` tokens per step. eval_rows: rows of each evaluation. *_every: in steps.
+    """
+
+    model: ModelConfig
+    schedule: ScheduleName = "interleaved"
+    num_subsets: int = 2
+    kv_refresh: bool = False
+    data: tuple[str, ...] = (PYTHON_SOURCES,)
+    validation_fraction: float = 0.02
+    tokenizer_bytes: int = 50_000_000
+    num_steps: int = 1000
+    time_budget: float | None = None
+    batch_size: int = 8
+    warmup: float = 0.02
+    warmdown: float = 0.4
+    eval_every: int = 250
+    eval_rows: int = 64
+    save_every: int = 250
+    log_every: int = 10
+    seed: int = 0
+    precision: Precision = "auto"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_steps", "num_subsets", "eval_every", "eval_rows", "save_every", "log_every"):
+            value = getattr(self, name)
+            _require(type(value) is int and value >= 1, f"{name} must be an integer of at least 1, got {value!r}")
+        for name, allowed in (("schedule", get_args(ScheduleName)), ("precision", get_args(Precision))):
+            _require(getattr(self, name) in allowed, f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("warmup", "warmdown"):
+            _require(0 <= getattr(self, name) <= 1, f"{name} is a fraction of the run, got {getattr(self, name)!r}")
+        _require(0 < self.validation_fraction < 1, f"validation_fraction must lie in 0..1, got {self.validation_fraction!r}")
+        _require(self.time_budget is None or self.time_budget > 0, f"time_budget must be above 0, got {self.time_budget!r}")
+        _require(bool(self.data), "data must name at least one corpus, file or folder")
+        recurrent = self.model.recurrence is not None
+        _require(
+            recurrent == (self.schedule != "baseline"),
+            f"schedule {self.schedule} {'needs a model without' if recurrent else 'needs a model with'} recurrence",
+        )
+
+    def make_schedule(self) -> Schedule:
+        """The schedule's function with its options bound."""
+        if self.schedule == "baseline":
+            return baseline
+        return partial(interleaved, num_subsets=self.num_subsets, kv_refresh=self.kv_refresh)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TrainingConfig:
+        """The inverse of `to_dict`; an unknown or missing key is a TrainingConfigError that names it."""
+        _check_keys(cls, "run", data)
+        _check_keys(OptimizerConfig, "optimizer", data["optimizer"])
+        values = dict(data)
+        values["model"] = ModelConfig.from_dict(data["model"])
+        values["optimizer"] = OptimizerConfig(**data["optimizer"])
+        values["data"] = tuple(data["data"])
+        return cls(**values)
+
+
+def _check_keys(cls: type[TrainingConfig] | type[OptimizerConfig], owner: str, data: dict[str, Any]) -> None:
+    known = {one.name for one in fields(cls)}
+    unknown, missing = sorted(set(data) - known), sorted(known - set(data))
+    _require(not unknown, f"unknown {owner} setting(s): {', '.join(unknown)}")
+    _require(not missing, f"missing {owner} setting(s): {', '.join(missing)}")
+
+
+PRESETS = {
+    "tiny": TrainingConfig(
+        model=ModelConfig(
+            vocab_size=384,
+            sequence_len=64,
+            num_layers=2,
+            num_heads=2,
+            num_kv_heads=1,
+            hidden_size=32,
+            gate_channels=16,
+            recurrence=RecurrenceConfig(source_layer=1),
+        ),
+        tokenizer_bytes=500_000,
+        num_steps=30,
+        batch_size=4,
+        eval_every=15,
+        eval_rows=4,
+        save_every=15,
+        log_every=5,
+    ),
+    "small": TrainingConfig(
+        model=ModelConfig(
+            vocab_size=2048,
+            sequence_len=512,
+            num_layers=5,
+            num_heads=4,
+            num_kv_heads=2,
+            hidden_size=256,
+            recurrence=RecurrenceConfig(source_layer=4),
+        ),
+        num_steps=2400,
+        batch_size=8,
+    ),
+}
+"""`tiny` runs in seconds (tests, first try); `small` is the bundled checkpoint: a little over an hour on one CPU core."""

@@ -1,0 +1,85 @@
+"""Muon for the matrices, AdamW for everything else, driven as one optimizer. Neighbour: `trainer.py`.
+
+Matrices are what multiplies activations on the residual stream's scale: attention, MLP and memory projections. Embeddings,
+the head, the gates' few rows and the per-layer scales have no meaningful spectrum to equalise and get AdamW.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrt_core.model import LatentRecurrentTransformer
+from training.config import OptimizerConfig
+
+_REFERENCE_HIDDEN_SIZE = 768
+"""The width at which learning rates are stated."""
+
+
+class Optimizer:
+    """Both optimizers with one learning-rate schedule; the model's gradients are their input."""
+
+    def __init__(self, model: LatentRecurrentTransformer, config: OptimizerConfig) -> None:
+        groups = parameter_groups(model)
+        width = (model.config.hidden_size / _REFERENCE_HIDDEN_SIZE) ** -0.5
+        rates = {
+            "embedding": config.embedding_lr * width,
+            "head": config.head_lr * width,
+            "gate": config.gate_lr * width,
+            "scale": config.scale_lr,
+            "residual_scale": config.scale_lr / 100,
+        }
+        self.muon = torch.optim.Muon(groups.pop("matrix"), lr=config.matrix_lr, weight_decay=config.weight_decay)
+        self.adamw = torch.optim.AdamW(
+            [{"params": parameters, "lr": rates[kind]} for kind, parameters in groups.items() if parameters],
+            betas=(0.8, 0.95),
+            eps=1e-10,
+            weight_decay=0.0,
+            fused=True,
+        )
+        self._peaks = [[group["lr"] for group in one.param_groups] for one in (self.muon, self.adamw)]
+
+    def step(self, lr_scale: float) -> None:
+        """Apply the gradients with every learning rate times `lr_scale`, then clear them."""
+        for optimizer, peaks in zip((self.muon, self.adamw), self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * lr_scale
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data."""
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, for a model of the same shape."""
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+
+
+def parameter_groups(model: LatentRecurrentTransformer) -> dict[str, list[nn.Parameter]]:
+    """Every parameter in exactly one group: matrix, embedding, head, gate, scale or residual_scale."""
+    groups: dict[str, list[nn.Parameter]] = {
+        kind: [] for kind in ("matrix", "embedding", "head", "gate", "scale", "residual_scale")
+    }
+    for name, parameter in model.named_parameters():
+        groups[_kind(name)].append(parameter)
+    return groups
+
+
+def _kind(name: str) -> str:
+    if name in ("residual_scale", "embedding_scale", "memory_scale"):
+        return "residual_scale" if name == "residual_scale" else "scale"
+    for kind in ("embedding", "head", "gate"):
+        if name.endswith(f"{kind}.weight"):
+            return kind
+    return "matrix"
+
+
+def lr_scale(progress: float, warmup: float, warmdown: float) -> float:
+    """Factor on the learning rates at `progress` 0..1 of the run: linear rise, plateau, linear fall to zero."""
+    rise = progress / warmup if progress < warmup else 1.0
+    fall = (1.0 - progress) / warmdown if progress > 1.0 - warmdown else 1.0
+    return max(0.0, min(rise, fall))

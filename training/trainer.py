@@ -1,0 +1,208 @@
+"""The training loop: batch, schedule, backward, clip, finite check, optimizer; log, evaluate, save.
+
+A run lives in its own folder (`state.py` says what lies there) and stops only between steps, with its state saved, so that
+resuming repeats nothing and loses nothing. Neighbours: `config.py`, `packing.py`, `optimizer.py`, `evaluate.py`,
+`finish.py`, which makes a checkpoint of the result.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lrt_core.files import read_json, write_json
+from lrt_core.model import LatentRecurrentTransformer
+from lrt_core.tokenizer import Tokenizer
+from training.config import Precision, TrainingConfig
+from training.data import Corpus
+from training.evaluate import bits_per_byte, merge, parallel_bpb
+from training.optimizer import Optimizer, lr_scale
+from training.packing import Packer, Position, evaluation_rows
+from training.progress import Progress
+from training.state import (
+    CONFIG_FILE,
+    LOG_FILE,
+    STATE_FILE,
+    TOKENIZER_FOLDER,
+    StateError,
+    TrainingState,
+    load_state,
+    save_state,
+)
+
+
+class TrainingError(ValueError):
+    """A run that cannot go on; the message says why and what to do."""
+
+
+class StepResult(NamedTuple):
+    """loss: mean over the forwards, nats per token; bpb: of the merged forwards; grad_norm: before clipping."""
+
+    loss: float
+    bpb: float
+    grad_norm: float
+
+
+class Trainer:
+    """One run over a corpus. `step` advances it by one optimizer step, `run` to its end."""
+
+    def __init__(
+        self, config: TrainingConfig, run: Path, corpus: Corpus, tokenizer: Tokenizer, device: torch.device | None = None
+    ) -> None:
+        self.config, self.run_folder, self.corpus, self.tokenizer = config, run, corpus, tokenizer
+        self.device = device or torch.device("cpu")
+        self.schedule = config.make_schedule()
+        self.model = LatentRecurrentTransformer(config.model)
+        self.model.init_weights(torch.Generator().manual_seed(config.seed))
+        self.model.to(self.device)
+        self.optimizer = Optimizer(self.model, config.optimizer)
+        self.packer = Packer(corpus.train, tokenizer, config.model.sequence_len, config.batch_size, config.seed)
+        rows = evaluation_rows(corpus.validation, tokenizer, config.model.sequence_len, config.eval_rows)
+        self.eval_rows = rows.to(self.device)
+        self.byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=self.device)
+        self.num_steps_done, self.elapsed = 0, 0.0
+        self.stop_requested = False
+
+    @classmethod
+    def create(
+        cls, config: TrainingConfig, run: Path, corpus: Corpus, tokenizer: Tokenizer, device: torch.device | None = None
+    ) -> Trainer:
+        """A new run in an empty or new folder; StateError when a run lies there already."""
+        if (run / STATE_FILE).exists():
+            raise StateError(f"{run}: holds a run already; resume it or choose another folder")
+        (run / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
+        tokenizer.save(run / TOKENIZER_FOLDER)
+        write_json(run / CONFIG_FILE, config.to_dict())
+        return cls(config, run, corpus, tokenizer, device)
+
+    @classmethod
+    def resume(cls, run: Path, corpus: Corpus, device: torch.device | None = None) -> Trainer:
+        """The run as it was last saved; StateError or CheckpointError when a file is missing or damaged."""
+        trainer = cls(load_run_config(run), run, corpus, Tokenizer.from_directory(run / TOKENIZER_FOLDER), device)
+        trainer._restore(load_state(run))
+        return trainer
+
+    def _restore(self, state: TrainingState) -> None:
+        self.model.load_state_dict(state.model)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.packer.position = Position(**state.position)
+        self.num_steps_done, self.elapsed = state.step, state.elapsed
+        self.data_changed = state.data_fingerprint != self.corpus.fingerprint()
+        torch.set_rng_state(state.rng)
+
+    data_changed = False
+    """Whether the corpus differs from the one the run was saved with: it goes on, but not as it would have."""
+
+    @property
+    def num_tokens_done(self) -> int:
+        """Tokens trained on so far, each counted once a step whatever the schedule."""
+        return self.num_steps_done * self.config.batch_size * self.config.model.sequence_len
+
+    @property
+    def progress(self) -> float:
+        """Part of the run that is done, 0..1, by steps or by time, whichever is more."""
+        by_steps = self.num_steps_done / self.config.num_steps
+        by_time = self.elapsed / self.config.time_budget if self.config.time_budget is not None else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def step(self) -> StepResult:
+        """One optimizer step; TrainingError, with the weights untouched, when loss or gradient is not finite."""
+        started = time.monotonic()
+        tokens, targets = (part.to(self.device) for part in self.packer.batch())
+        with self.autocast():
+            losses = self.schedule(self.model, tokens, targets)
+        losses.total.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
+        loss, norm = losses.total.item(), grad_norm.item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(
+                f"step {self.num_steps_done + 1}: loss {loss}, gradient norm {norm}: not finite, the weights were left as "
+                "they were; resume from the last saved state with smaller learning rates"
+            )
+        self.optimizer.step(lr_scale(self._progress_of_next(), self.config.warmup, self.config.warmdown))
+        self.num_steps_done += 1
+        self.elapsed += time.monotonic() - started
+        with torch.no_grad():
+            return StepResult(loss, bits_per_byte(merge(losses.passes), targets, self.byte_lengths), norm)
+
+    def _progress_of_next(self) -> float:
+        """Progress at the middle of the coming step, so that neither the first nor the last step has rate zero."""
+        return min(1.0, self.progress + 0.5 / self.config.num_steps)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision of forwards and backwards."""
+        enabled = uses_bfloat16(self.config.precision, self.device)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def evaluate(self) -> dict[str, object]:
+        """Parallel BPB on the validation rows, as plain data for the log."""
+        with self.autocast():
+            bpb = parallel_bpb(self.model, self.schedule, self.eval_rows, self.byte_lengths)
+        return {"step": self.num_steps_done, "bpb": bpb.merged, "bpb_per_pass": bpb.passes}
+
+    def save(self) -> None:
+        """Write the state that `resume` reads."""
+        state = TrainingState(
+            step=self.num_steps_done,
+            elapsed=self.elapsed,
+            position=self.packer.position.to_dict(),
+            data_fingerprint=self.corpus.fingerprint(),
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            rng=torch.get_rng_state(),
+        )
+        save_state(self.run_folder, state)
+
+    def run(self) -> bool:
+        """Train to the end, or until `stop_requested` is set; the state is saved either way. True when the end was reached."""
+        with Progress(self.run_folder / LOG_FILE) as progress:
+            progress.log("start", step=self.num_steps_done, data_changed=self.data_changed)
+            while self.progress < 1.0 and not self.stop_requested:
+                self._report(progress, self.step())
+                self._periodic(progress)
+            self.save()
+            progress.log("stop", step=self.num_steps_done, elapsed=round(self.elapsed, 3), finished=self.progress >= 1.0)
+        return self.progress >= 1.0
+
+    def _report(self, progress: Progress, result: StepResult) -> None:
+        speed = self.num_tokens_done / self.elapsed
+        left = self.elapsed / self.progress - self.elapsed
+        progress.show(self.progress, self.num_steps_done, result.loss, result.bpb, speed, left)
+        if self.num_steps_done % self.config.log_every == 0:
+            progress.log(
+                "step",
+                step=self.num_steps_done,
+                tokens=self.num_tokens_done,
+                **result._asdict(),
+                tokens_per_second=round(speed, 1),
+                elapsed=round(self.elapsed, 3),
+            )
+
+    def _periodic(self, progress: Progress) -> None:
+        started = time.monotonic()
+        if self.num_steps_done % self.config.eval_every == 0:
+            result = self.evaluate()
+            progress.log("evaluation", **result)
+            progress.say(f"step {self.num_steps_done}: validation bpb {result['bpb']:.4f}")
+        self.elapsed += time.monotonic() - started
+        if self.num_steps_done % self.config.save_every == 0:
+            self.save()
+
+
+def load_run_config(run: Path) -> TrainingConfig:
+    """The configuration stored in a run's folder."""
+    return TrainingConfig.from_dict(read_json(run / CONFIG_FILE))
+
+
+def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
+    """Whether forwards run in bfloat16: as told, or with `auto` where the hardware multiplies it natively."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
