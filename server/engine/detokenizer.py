@@ -5,9 +5,9 @@ Neighbours: `async_engine.py` keeps one per sample, off the engine's thread.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 
+from lrt_core.text import TextDecoder
 from lrt_core.tokenizer import Tokenizer
 
 
@@ -15,19 +15,16 @@ class Detokenizer:
     """Incremental UTF-8 decoding with stop strings that match across token borders. Special tokens have no text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._special = frozenset(tokenizer.special_tokens.values())
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder, self._stop = TextDecoder(tokenizer), tuple(stop)
         self._held = ""
 
     def add(self, token_id: int) -> tuple[str, str | None]:
         """Take in one token; returns the text that is now certain and the stop string that ended the sample, if one did."""
-        data = b"" if token_id in self._special else self._tokenizer.token_bytes(token_id)
-        return self._emit(self._decoder.decode(data))
+        return self._emit(self._decoder.add(token_id))
 
     def finish(self) -> tuple[str, str | None]:
         """The rest at the sample's end; an incomplete character becomes U+FFFD, held text that was no stop string comes out."""
-        text, stop = self._emit(self._decoder.decode(b"", final=True))
+        text, stop = self._emit(self._decoder.finish())
         held, self._held = self._held, ""
         return text + held, stop
 
