@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import re
@@ -13,6 +14,9 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+
+from server.api.schemas import NOT_BUILT, CompletionRequest
+from server.config import make_parser
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -152,3 +156,28 @@ def test_readme_names_real_targets_and_files() -> None:
     assert {"serve", "test"} <= named <= targets
     paths = re.findall(r"`((?:lrt_core|training|server|docker|tests)/[\w/.]*)`", README)
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def flag_row(action: argparse.Action) -> str:
+    """How the README's table shows a flag of the server."""
+    if not action.option_strings:
+        shown = str(action.metavar)
+    elif action.nargs == 0:
+        shown = action.option_strings[0]
+    else:
+        choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else None
+        value = choices or action.metavar or action.dest.upper()
+        shown = f"{action.option_strings[0]} {value}{' ...' if action.nargs == '+' else ''}"
+    return f"| `{shown}` | {action.help} |"
+
+
+def test_readme_lists_the_flags() -> None:
+    table = README.partition("| flag | what |\n|---|---|\n")[2].partition("\n\n")[0]
+    assert table.splitlines() == [flag_row(action) for action in make_parser()._actions if action.dest != "help"]
+
+
+def test_readme_lists_the_fields() -> None:
+    rows = dict(re.findall(r"^\| (work|refused by name) \| (.*) \|$", README, re.MULTILINE))
+    named = {kind: set(re.findall(r"`([\w.]+)`", row)) for kind, row in rows.items()}
+    assert named["refused by name"] == NOT_BUILT
+    assert named["work"] == {*CompletionRequest.model_fields, "stream_options.include_usage"} - {"stream_options"}
