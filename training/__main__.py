@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lrt-train",
-        description="Train a Latent Recurrent Transformer. A run lives in its folder and can be stopped with Ctrl-C and resumed.",
+        description="Train a Latent Recurrent Transformer. Ctrl-C stops a run so that it can be resumed.",
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small", help="model and settings (default: %(default)s)")
     parser.add_argument("--run", type=Path, help="folder of a new run (default: runs/PRESET)")
@@ -84,7 +84,7 @@ def _created(options: argparse.Namespace) -> Trainer:
     corpus = _load(config)
     order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(config.seed)).tolist()
     texts = (corpus.train[index].text for index in order)
-    tokenizer = train_tokenizer(texts, config.model.vocab_size, config.tokenizer_bytes, None)
+    tokenizer = train_tokenizer(texts, config.model.vocab_size, config.tokenizer_bytes)
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
     run = options.run or Path("runs") / options.preset
     return Trainer.create(config, run, corpus, tokenizer, torch.device(options.device))

@@ -39,7 +39,7 @@ class OptimizerConfig:
     small matrices. scale_lr: embedding_scale and memory_scale; residual_scale takes a hundredth of it.
     """
 
-    matrix_lr: float = 0.02
+    matrix_lr: float = 0.03
     embedding_lr: float = 0.2
     head_lr: float = 0.004
     gate_lr: float = 0.004
@@ -162,8 +162,9 @@ PRESETS = {
             hidden_size=256,
             recurrence=RecurrenceConfig(source_layer=4),
         ),
-        num_steps=2400,
+        num_steps=3200,
         batch_size=8,
+        save_every=100,
     ),
 }
 """`tiny` runs in seconds (tests, first try); `small` is the bundled checkpoint: a little over an hour on one CPU core."""

@@ -53,7 +53,7 @@ def parallel_bpb(
 ) -> ParallelBpb:
     """BPB of rows [R, T + 1] by the forwards that the schedule makes."""
     collected = [schedule(model, tokens, targets).passes for tokens, targets in _batches(rows, batch_size)]
-    targets = rows[:, 1:].to(rows.device)
+    targets = rows[:, 1:]
     passes = []
     for index in range(len(collected[0])):
         positions = collected[0][index].positions
@@ -86,5 +86,5 @@ def _decode_losses(model: LatentRecurrentTransformer, tokens: Tensor, targets: T
 
 
 def _batches(rows: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in rows.split(batch_size):
-        yield batch[:, :-1], batch[:, 1:]
+    for start in range(0, len(rows), batch_size):
+        yield rows[start : start + batch_size, :-1], rows[start : start + batch_size, 1:]

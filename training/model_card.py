@@ -42,8 +42,8 @@ def _size(trainer: Trainer) -> str:
 def _architecture(config: TrainingConfig) -> str:
     model = config.model
     shape = (
-        f"{model.num_layers} layers, hidden size {model.hidden_size}, {model.num_heads} heads and {model.num_kv_heads} key/value "
-        f"heads of {model.head_dim}, vocabulary {model.vocab_size}, context {model.sequence_len}"
+        f"{model.num_layers} layers, hidden size {model.hidden_size}, {model.num_heads} heads and {model.num_kv_heads} "
+        f"key/value heads of {model.head_dim}, vocabulary {model.vocab_size}, context {model.sequence_len}"
     )
     if model.recurrence is None:
         return f"{shape}; plain backbone, no recurrence."

@@ -116,7 +116,7 @@ class Trainer:
         tokens, targets = (part.to(self.device) for part in self.packer.batch())
         with self.autocast():
             losses = self.schedule(self.model, tokens, targets)
-        losses.total.backward()
+        losses.total.backward()  # type: ignore[no-untyped-call]
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
         loss, norm = losses.total.item(), grad_norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -204,5 +204,5 @@ def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))

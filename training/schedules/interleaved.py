@@ -51,7 +51,7 @@ def _check(model: LatentRecurrentTransformer, tokens: Tensor, num_subsets: int) 
 
 
 def _memory_of(subset: int, latest: list[Tensor]) -> Tensor:
-    """Memories [B, T_i, D] of a subset: the latents of the subset before it; for subset 0 the last one's, moved one group on."""
+    """Memories [B, T_i, D] of a subset: the subset before it has the latents; before subset 0, the last, one group on."""
     if subset > 0:
         return latest[subset - 1][:, : latest[subset].shape[1]]
     if len(latest) == 1:

@@ -39,8 +39,10 @@ def token_losses(model: LatentRecurrentTransformer, hidden: Tensor, targets: Ten
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     weight = model.head.weight[: model.config.vocab_size].to(dtype)
-    rows = _ChunkedCrossEntropy.apply(hidden.flatten(0, 1).to(dtype), weight, targets.flatten(), model.config.logit_softcap)
-    losses: Tensor = rows
+    rows = hidden.flatten(0, 1).to(dtype)
+    losses: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        rows, weight, targets.flatten(), model.config.logit_softcap
+    )
     return losses.view(targets.shape)
 
 
@@ -66,7 +68,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """grad [R] -> gradients of hidden and weight."""
         hidden, weight, targets, normalizers = ctx.saved_tensors
