@@ -1,0 +1,43 @@
+"""Puts the HTTP application together: routes, error envelope, and the engine's start and stop with the application's.
+
+Neighbours: `server/__main__.py` runs it under uvicorn; the tests run it in-process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from starlette.requests import ClientDisconnect
+
+from server.api.completions import add_completions
+from server.api.errors import install_error_handlers
+from server.api.routes import add_models, add_observability, add_probes
+from server.api.service import Service
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application around one engine, which it starts, and stops without draining: whoever shuts down gracefully
+    drains the engine before."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await service.engine.start()
+        try:
+            yield
+        finally:
+            await service.engine.stop(drain=False)
+
+    app = FastAPI(title="lrt-server", lifespan=lifespan, redirect_slashes=False)
+    install_error_handlers(app)
+    app.add_exception_handler(ClientDisconnect, _forget)
+    add_completions(app, service)
+    add_models(app, service)
+    add_probes(app, service)
+    add_observability(app, service)
+    return app
+
+
+async def _forget(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=499)  # for the log: the client is gone

@@ -1,0 +1,140 @@
+"""From the engine's deltas to the choices of a completion: texts, ids and logprobs in the legacy shape.
+
+One `ChoiceWriter` per choice writes the chunks of a stream; `merge_chunks` joins them to the choice of a plain response,
+so both say the same. Neighbours: `completions.py` drives it, `server/engine/request.py` defines `Delta`.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lrt_core.tokenizer import Tokenizer
+from server.engine.request import Delta, TokenLogprob
+
+Chunk = dict[str, Any]
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot say."""
+
+
+def _continues(token: bytes) -> bool:
+    """Whether UTF-8 bytes start inside a character."""
+    return token[:1] == b"" or 0x80 <= token[0] < 0xC0
+
+
+class _Offsets:
+    """Where in a text each of a run of tokens starts, in characters; a token that continues a character starts at it."""
+
+    def __init__(self, start: int) -> None:
+        self._position = start
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def next(self, token: bytes) -> int:
+        """Offset of the next token, whose text is `token` (empty for one without text)."""
+        if not _continues(token):  # what was left incomplete became a replacement character of its own
+            self._position += len(self._decoder.decode(b"", final=True))
+        position = self._position
+        self._position += len(self._decoder.decode(token))
+        return position
+
+
+class _LogprobsWriter:
+    """Builds the columns of a logprobs object, run by run."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+    def add(self, entries: Iterable[TokenLogprob], offsets: Sequence[int]) -> None:
+        """Append one entry per token."""
+        for entry, offset in zip(entries, offsets, strict=True):
+            own = None if entry.logprob is None else max(entry.logprob, LOWEST_LOGPROB)
+            self.columns["tokens"].append(self._text(entry.token_id))
+            self.columns["token_logprobs"].append(own)
+            self.columns["top_logprobs"].append(None if own is None else self._top(entry, own))
+            self.columns["text_offset"].append(offset)
+
+    def _top(self, entry: TokenLogprob, own: float) -> dict[str, float]:
+        """The likeliest alternatives and the token itself; of ids with one text the larger logprob stays."""
+        top: dict[str, float] = {}
+        for token_id, logprob in (*entry.top, (entry.token_id, own)):
+            text = self._text(token_id)
+            top[text] = max(top.get(text, LOWEST_LOGPROB), logprob)
+        return top
+
+    def _text(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id])
+
+
+class ChoiceWriter:
+    """Writes the chunks of one choice from its sample's deltas.
+
+    prompt_text: what echo puts before the completion, None without echo. prompt_ids: of the prompt, of which `hidden`
+    leading ones (a token put before a text) have no part in prompt_text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        index: int,
+        prompt_ids: tuple[int, ...],
+        *,
+        prompt_text: str | None = None,
+        hidden: int = 0,
+        logprobs: bool = False,
+        return_token_ids: bool = False,
+    ) -> None:
+        self._tokenizer, self._index, self._prompt_ids = tokenizer, index, prompt_ids
+        self._echo, self._hidden = prompt_text, hidden
+        self._logprobs, self._return_token_ids = logprobs, return_token_ids
+        self._offsets = _Offsets(len(prompt_text or ""))
+        self._is_first = True
+
+    def write(self, delta: Delta) -> Chunk:
+        """The chunk that says what `delta` says; the first also carries the echoed prompt."""
+        is_first, self._is_first = self._is_first, False
+        chunk: Chunk = {
+            "index": self._index,
+            "text": (self._echo or "") + delta.text if is_first else delta.text,
+            "logprobs": self._write_logprobs(delta, is_first) if self._logprobs else None,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        if self._return_token_ids:
+            chunk["token_ids"] = list(delta.token_ids)
+            if is_first:
+                chunk["prompt_token_ids"] = list(self._prompt_ids)
+        return chunk
+
+    def _write_logprobs(self, delta: Delta, is_first: bool) -> dict[str, list[Any]]:
+        writer = _LogprobsWriter(self._tokenizer)
+        if is_first and self._echo is not None and delta.finish_reason != "abort":  # an aborted prompt may be unread
+            assert delta.prompt_logprobs is not None, "echo with logprobs asks the engine for the prompt's"
+            writer.add(delta.prompt_logprobs, self._prompt_offsets())
+        assert len(delta.logprobs) == len(delta.token_ids), "one logprob per generated token"
+        writer.add(delta.logprobs, [self._offsets.next(self._visible_bytes(id)) for id in delta.token_ids])
+        return writer.columns
+
+    def _prompt_offsets(self) -> list[int]:
+        offsets = _Offsets(0)
+        shown = self._prompt_ids[self._hidden :]
+        return [0] * self._hidden + [offsets.next(self._tokenizer.token_bytes(id)) for id in shown]
+
+    def _visible_bytes(self, token_id: int) -> bytes:
+        """What a generated token adds to the text: special tokens add nothing."""
+        return b"" if token_id in self._tokenizer.special_tokens.values() else self._tokenizer.token_bytes(token_id)
+
+
+def merge_chunks(chunks: Sequence[Chunk]) -> Chunk:
+    """The whole choice that its chunks make up, in order; the last one tells how it ended."""
+    merged = {**chunks[0], **{key: chunks[-1][key] for key in ("finish_reason", "stop_reason")}}
+    merged["text"] = "".join(chunk["text"] for chunk in chunks)
+    if merged["logprobs"] is not None:
+        merged["logprobs"] = {
+            column: [item for chunk in chunks for item in chunk["logprobs"][column]] for column in merged["logprobs"]
+        }
+    if "token_ids" in merged:
+        merged["token_ids"] = [id for chunk in chunks for id in chunk["token_ids"]]
+    return merged

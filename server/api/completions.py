@@ -1,0 +1,181 @@
+"""POST /v1/completions: from a checked body to engine requests, and from their deltas to one response or a stream.
+
+Everything that can be refused is refused before the first byte of a 200.
+Neighbours: `schemas.py` and `prompts.py` check, `choices.py` writes choices, `streaming.py` merges and sends.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+from lrt_core.sampling_params import SamplingParams
+from server.api.body import read_object
+from server.api.choices import ChoiceWriter, Chunk, merge_chunks
+from server.api.errors import from_exception, json_response
+from server.api.prompts import Prompt, PromptReader
+from server.api.schemas import CompletionRequest, parse_completion
+from server.api.service import Service
+from server.api.streaming import (
+    DONE,
+    KEEP_ALIVE,
+    KEEP_ALIVE_SECONDS,
+    EventStreamResponse,
+    aborting,
+    event,
+    merge,
+    until_disconnect,
+)
+from server.engine.async_engine import RequestStream
+from server.engine.request import Delta, GenerationRequest, StoppingParams
+
+
+class Completion:
+    """One call: its prompts, the choices in the making and the tokens counted so far."""
+
+    def __init__(self, service: Service, fields: CompletionRequest, prompts: Sequence[Prompt]) -> None:
+        self.fields, self.prompts = fields, prompts
+        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self._engine = service.engine
+        self._head = {
+            "id": self.id,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": fields.model,
+            "system_fingerprint": service.fingerprint,
+        }
+        self._writers = [
+            self._writer(i * fields.n + sample, prompt) for i, prompt in enumerate(prompts) for sample in range(fields.n)
+        ]
+        self._num_generated = 0
+        self._num_cached = [0] * len(prompts)
+
+    def requests(self) -> list[GenerationRequest]:
+        """What the engine is asked for: one request per prompt."""
+        return [self._request(index, prompt) for index, prompt in enumerate(self.prompts)]
+
+    def write(self, index: int, delta: Delta) -> Chunk:
+        """The chunk that `delta` of the prompt at `index` makes; counts its tokens."""
+        self._num_generated += len(delta.token_ids)
+        self._num_cached[index] = max(self._num_cached[index], delta.num_cached_tokens)
+        return self._writers[index * self.fields.n + delta.index].write(delta)
+
+    def body(self, choices: Sequence[Chunk], **more: Any) -> dict[str, Any]:
+        """The response object around `choices`."""
+        return {**self._head, "choices": choices, **more}
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens read and generated; a prompt counts once however many samples it has."""
+        num_prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)
+        return {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": self._num_generated,
+            "total_tokens": num_prompt_tokens + self._num_generated,
+            "prompt_tokens_details": {"cached_tokens": sum(self._num_cached)},
+        }
+
+    def _writer(self, index: int, prompt: Prompt) -> ChoiceWriter:
+        return ChoiceWriter(
+            self._engine.tokenizer,
+            index,
+            prompt.ids,
+            prompt_text=prompt.text if self.fields.echo else None,
+            hidden=prompt.hidden,
+            logprobs=self.fields.logprobs is not None,
+            return_token_ids=self.fields.return_token_ids,
+        )
+
+    def _request(self, index: int, prompt: Prompt) -> GenerationRequest:
+        fields = self.fields
+        room = self._engine.config.max_model_len - len(prompt.ids)
+        return GenerationRequest(
+            request_id=f"{self.id}-{index}",
+            prompt_ids=prompt.ids,
+            sampling=SamplingParams(
+                temperature=fields.temperature,
+                top_p=fields.top_p,
+                top_k=min(fields.top_k, self._engine.tokenizer.vocab_size),
+                seed=fields.seed,
+            ),
+            stopping=StoppingParams(min(fields.max_tokens, room), fields.ignore_eos, fields.stop),
+            n=fields.n,
+            logprobs=fields.logprobs,
+            prompt_logprobs=fields.logprobs if fields.echo else None,
+        )
+
+
+def add_completions(app: FastAPI, service: Service) -> None:
+    """Add the route to `app`."""
+    reader = PromptReader.of(service.engine.tokenizer, service.engine.config.max_model_len)
+
+    @app.post("/v1/completions")
+    async def create_completion(request: Request) -> Response:
+        """Complete one or several prompts."""
+        data = await read_object(request, service.max_body_size)
+        fields, dropped = parse_completion(data, service.lenient)
+        service.check_model(fields.model)
+        completion = Completion(service, fields, await reader.read(fields.prompt, fields.max_tokens))
+        headers = _warning(dropped)
+        streams = await _admit(service, completion.requests())
+        if fields.stream:
+            return EventStreamResponse(_events(completion, streams), streams, headers)
+        async with aborting(streams):
+            return json_response(await until_disconnect(request.receive, _collect(completion, streams)), headers=headers)
+
+
+def _warning(dropped: Sequence[str]) -> dict[str, str]:
+    if not dropped:
+        return {}
+    names = re.sub(r"[^\w.\- ,]", "?", ", ".join(dropped), flags=re.ASCII)
+    return {"warning": f'299 lrt-server "ignored unknown fields: {names[:500]}"'}
+
+
+async def _admit(service: Service, requests: Sequence[GenerationRequest]) -> list[RequestStream]:
+    """All of the requests or none. Raises as `AsyncEngine.admit` does."""
+    for request in requests:
+        service.engine.check(request)
+    streams: list[RequestStream] = []
+    try:
+        for request in requests:
+            streams.append(service.engine.admit(request))
+    except Exception:
+        for stream in streams:
+            await stream.aclose()
+        raise
+    return streams
+
+
+async def _collect(completion: Completion, streams: Sequence[RequestStream]) -> dict[str, Any]:
+    """The whole response. Raises ApiError."""
+    chunks: dict[int, list[Chunk]] = {}
+    try:
+        async with aclosing(merge(streams, KEEP_ALIVE_SECONDS)) as batches:
+            async for batch in batches:
+                for index, delta in batch:
+                    chunk = completion.write(index, delta)
+                    chunks.setdefault(chunk["index"], []).append(chunk)
+    except Exception as error:
+        raise from_exception(error) from error
+    return completion.body([merge_chunks(chunks[index]) for index in sorted(chunks)], usage=completion.usage())
+
+
+async def _events(completion: Completion, streams: Sequence[RequestStream]) -> AsyncGenerator[bytes, None]:
+    """Server-sent events: a chunk per delta, usage if asked for, [DONE]; a failure is an event of its own before that."""
+    include_usage = completion.fields.include_usage
+    more = {"usage": None} if include_usage else {}
+    try:
+        async with aclosing(merge(streams, KEEP_ALIVE_SECONDS)) as batches:
+            async for batch in batches:
+                events = [event(completion.body([completion.write(index, delta)], **more)) for index, delta in batch]
+                yield b"".join(events) or KEEP_ALIVE
+        if include_usage:
+            yield event(completion.body([], usage=completion.usage()))
+    except Exception as error:
+        yield event(from_exception(error).body)
+    yield DONE

@@ -1,0 +1,83 @@
+"""From the prompts of a request to token ids that the model can take, every refusal an `ApiError`.
+
+Neighbours: `schemas.py` has checked the types; `completions.py` makes engine requests of the result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lrt_core.tokenizer import Tokenizer, TokenizerError
+from server.api.errors import ApiError, bad_request
+
+THREAD_CHARACTERS = 20_000
+"""Texts beyond this are tokenised in a thread, so that other requests' streams go on."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids and the text they echo as, of which the `hidden` first ids (a token put before a given text) are no part."""
+
+    ids: tuple[int, ...]
+    text: str
+    hidden: int = 0
+
+
+@dataclass(frozen=True)
+class PromptReader:
+    """Encodes and checks prompts against a vocabulary and a context length in tokens."""
+
+    tokenizer: Tokenizer
+    max_model_len: int
+    longest_token: int
+    """Bytes of the longest token that text can hold; bounds the length of a text before it is encoded."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, max_model_len: int) -> PromptReader:
+        """A reader for this tokenizer."""
+        return cls(tokenizer, max_model_len, max(1, *tokenizer.byte_lengths()))
+
+    async def read(self, prompts: Sequence[str | tuple[int, ...]], max_tokens: int) -> list[Prompt]:
+        """Checked ids of every prompt; room for one token is needed unless max_tokens is 0. Raises ApiError (400)."""
+        read = []
+        for value in prompts:
+            prompt = self._take(value) if isinstance(value, tuple) else await self._encode(value)
+            self._check_length(prompt, max_tokens)
+            read.append(prompt)
+        return read
+
+    def _take(self, ids: tuple[int, ...]) -> Prompt:
+        limit = self.tokenizer.vocab_size
+        if min(ids) < 0 or max(ids) >= limit:
+            wrong = next(id for id in ids if not 0 <= id < limit)
+            raise bad_request(f"'prompt' holds the token id {str(wrong)[:40]}; ids go from 0 to {limit - 1}", param="prompt")
+        return Prompt(ids, self.tokenizer.decode(ids) if len(ids) <= self.max_model_len else "")
+
+    async def _encode(self, text: str) -> Prompt:
+        at_least = -(-len(text.encode("utf-8")) // self.longest_token)
+        if at_least > self.max_model_len:
+            raise self._too_long(f"at least {at_least}")
+        try:
+            if len(text) > THREAD_CHARACTERS:
+                ids = await asyncio.to_thread(self.tokenizer.encode, text)
+            else:
+                ids = self.tokenizer.encode(text)
+        except TokenizerError as error:
+            raise bad_request(f"'prompt' cannot be tokenised: {error}", param="prompt") from None
+        if not ids:
+            raise bad_request("'prompt' is empty, and this model puts no token before a text", param="prompt")
+        return Prompt(tuple(ids), text, hidden=int(self.tokenizer.add_bos))
+
+    def _check_length(self, prompt: Prompt, max_tokens: int) -> None:
+        length = len(prompt.ids)
+        if length > self.max_model_len or (max_tokens > 0 and length == self.max_model_len):
+            raise self._too_long(str(length))
+
+    def _too_long(self, length: str) -> ApiError:
+        message = (
+            f"This model's maximum context length is {self.max_model_len} tokens, prompt and completion together. However, "
+            f"your prompt has {length} tokens. Please shorten it."
+        )
+        return bad_request(message, param="prompt", code="context_length_exceeded")

@@ -1,0 +1,176 @@
+"""The fields of a completion request: their types, bounds and defaults. Nothing is ignored in silence.
+
+A field that is documented but not built, or unknown, is refused by name; null counts as absent.
+Neighbours: `body.py` hands over the parsed JSON, `completions.py` turns the result into engine requests.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+
+from server.api.errors import ApiError, bad_request
+
+MAX_SAMPLES = 128
+MAX_CHOICES = 1024
+"""Bounds of `n`, and of n times the prompts of one request."""
+MAX_LOGPROBS = 20
+MAX_PROBLEMS = 10
+INT64 = 2**63
+
+NOT_BUILT = frozenset(
+    {
+        *("min_tokens", "stop_token_ids", "include_stop_str_in_output", "best_of", "min_p", "add_special_tokens"),
+        *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words"),
+        *("prompt_logprobs", "suffix", "response_format", "structured_outputs", "priority", "cache_salt"),
+        *("truncate_prompt_tokens", "user", "request_id", "latents", "stream_options.continuous_usage_stats"),
+    }
+)
+"""Documented parameters that this server refuses, whether or not unknown ones are tolerated."""
+
+_INPUT = reprlib.Repr()
+_INPUT.maxstring = _INPUT.maxother = _INPUT.maxlong = 60
+
+
+def _valid_text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"contains a lone surrogate at character {error.start}") from None
+    return text
+
+
+def _is_ids(value: object) -> bool:
+    return type(value) is list and bool(value) and set(map(type, value)) == {int}
+
+
+def _parse_prompt(value: object) -> tuple[str, ...] | tuple[tuple[int, ...], ...]:
+    """One or several prompts, all texts or all lists of ids. Raises ValueError."""
+    if isinstance(value, str):
+        return (_valid_text(value),)
+    if not isinstance(value, list):
+        raise ValueError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
+    if not value:
+        raise ValueError("must not be empty")
+    if _is_ids(value):
+        return (tuple(value),)
+    if all(isinstance(item, str) for item in value):
+        return tuple(map(_valid_text, value))
+    if any(item == [] for item in value):
+        raise ValueError("contains an empty list of token ids")
+    if not all(map(_is_ids, value)):
+        raise ValueError("must hold strings only, integer token ids only, or non-empty lists of integer token ids only")
+    return tuple(map(tuple, value))
+
+
+def _parse_stop(value: object) -> tuple[str, ...]:
+    stop = [value] if isinstance(value, str) else value
+    if not isinstance(stop, list) or not all(isinstance(item, str) for item in stop):
+        raise ValueError("must be a string or a list of strings")
+    if "" in stop:
+        raise ValueError("must not contain an empty string")
+    return tuple(map(_valid_text, stop))
+
+
+def _without_nulls(value: object) -> object:
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+Prompts = Annotated[tuple[str, ...] | tuple[tuple[int, ...], ...], PlainValidator(_parse_prompt)]
+Text = Annotated[str, AfterValidator(_valid_text)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries besides its text. Foreign keys are judged by `parse_completion`, not here."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    include_usage: bool = False
+
+
+class CompletionRequest(BaseModel):
+    """A valid body of POST /v1/completions; defaults are OpenAI's."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+    model: Text
+    prompt: Prompts
+    max_tokens: Annotated[int, Field(ge=0)] = 16
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = 0
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
+    stop: Annotated[tuple[str, ...], PlainValidator(_parse_stop)] = ()
+    ignore_eos: bool = False
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool = False
+    return_token_ids: bool = False
+    stream: bool = False
+    stream_options: Annotated[StreamOptions, BeforeValidator(_without_nulls)] | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def parse_completion(data: Mapping[str, Any], lenient: bool = False) -> tuple[CompletionRequest, list[str]]:
+    """The request in `data` and the unknown fields that were dropped (none unless `lenient`). Raises ApiError (400)."""
+    unknown, problems = _foreign_fields(data, lenient)
+    fields = {key: value for key, value in data.items() if key in CompletionRequest.model_fields and value is not None}
+    try:
+        request = CompletionRequest.model_validate(fields)
+    except ValidationError as error:
+        problems += _problems(error)
+    else:
+        problems += _conflicts(request)
+    if problems:
+        raise _refusal(problems)
+    return request, unknown
+
+
+def _foreign_fields(data: Mapping[str, Any], lenient: bool) -> tuple[list[str], list[tuple[str, str]]]:
+    """Names that are set but not ours: those to drop, and problems (field, message) for those to refuse."""
+    names = [key for key, value in data.items() if value is not None and key not in CompletionRequest.model_fields]
+    options = data.get("stream_options")
+    if isinstance(options, dict):
+        known = StreamOptions.model_fields
+        names += [f"stream_options.{key}" for key, value in options.items() if value is not None and key not in known]
+    problems = [(name, "is not supported by this server") for name in names if name in NOT_BUILT]
+    unknown = [name for name in names if name not in NOT_BUILT]
+    if lenient:
+        return unknown, problems
+    return [], problems + [(name[:100], "is not a known field") for name in unknown]
+
+
+def _problems(error: ValidationError) -> list[tuple[str, str]]:
+    problems = []
+    for item in error.errors(include_url=False, include_context=False):
+        name = ".".join(map(str, item["loc"]))
+        message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if item["type"] == "missing":
+            problems.append((name, "is required"))
+        else:
+            problems.append((name, f"{message}, got {_INPUT.repr(item['input'])}"))
+    return problems
+
+
+def _conflicts(request: CompletionRequest) -> list[tuple[str, str]]:
+    problems = []
+    if request.max_tokens == 0 and not request.echo:
+        problems.append(("max_tokens", "may be 0 only with echo"))
+    if request.stream_options is not None and not request.stream:
+        problems.append(("stream_options", "is allowed only with stream"))
+    if request.n * len(request.prompt) > MAX_CHOICES:
+        problems.append(
+            ("prompt", f"makes more than {MAX_CHOICES} choices: {len(request.prompt)} prompts times n = {request.n}")
+        )
+    return problems
+
+
+def _refusal(problems: list[tuple[str, str]]) -> ApiError:
+    listed = "; ".join(f"'{name}' {message}" for name, message in problems[:MAX_PROBLEMS])
+    more = len(problems) - MAX_PROBLEMS
+    return bad_request(listed + (f"; and {more} more" if more > 0 else ""), param=problems[0][0])

@@ -1,0 +1,34 @@
+"""What the routes share: the engine, the names it serves under, and the limits of a request.
+
+Neighbours: `server/__main__.py` makes one, `app.py` hands it to the routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from server.api.errors import ApiError
+from server.engine.async_engine import AsyncEngine
+
+
+@dataclass(frozen=True)
+class Service:
+    """model_names: what a request's `model` may say, the first being the one reported. fingerprint: of what answers
+    (weights, dtype, prefill mode). created: Unix seconds. exposition: the metrics page. max_body_size: bytes.
+    lenient: drop unknown fields with a warning header instead of refusing them."""
+
+    engine: AsyncEngine
+    model_names: tuple[str, ...]
+    fingerprint: str
+    created: int
+    exposition: Callable[[], bytes]
+    max_body_size: int
+    lenient: bool = False
+
+    def check_model(self, name: str) -> None:
+        """Raise ApiError (404) unless `name` is served."""
+        if name not in self.model_names:
+            served = ", ".join(self.model_names)
+            message = f"The model {name[:100]!r} does not exist; this server has: {served}."
+            raise ApiError(404, message, param="model", code="model_not_found")
