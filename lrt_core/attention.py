@@ -5,9 +5,12 @@ Shapes: B batch, T queries, S keys, N query heads, G key/value heads, H head siz
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -43,21 +46,51 @@ def _trains_on_cpu(q: Tensor, k: Tensor) -> bool:
 def product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The same as explicit products and a softmax; shapes as in `attention`, mask [T, S] or None.
 
-    On a CPU forward and backward together take less than half of the fused kernel's time: query heads that share a key head
-    become rows of one product, and the backward reads the probabilities instead of computing them again.
+    On a CPU forward and backward together take half of the fused kernel's time: query heads that share a key head become rows
+    of one product, one row of the batch and one key head at a time stays in a core's cache, and the backward reads the
+    probabilities instead of computing them again. Under autocast the products run in autocast's type.
     """
-    num_rows, length, num_heads, head_dim = q.shape
-    num_keys, num_kv_heads = k.shape[1:3]
-    group = num_heads // num_kv_heads
-    queries = q.unflatten(2, (num_kv_heads, group)).permute(0, 2, 3, 1, 4).reshape(-1, group * length, head_dim)
-    keys = k.permute(0, 2, 3, 1).reshape(-1, head_dim, num_keys)
-    values = v.transpose(1, 2).reshape(-1, num_keys, head_dim)
-    bias = torch.zeros(length, num_keys, dtype=q.dtype, device=q.device)
+    device, group = q.device.type, q.shape[2] // k.shape[2]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
+    bias = torch.zeros(q.shape[1], k.shape[1], dtype=dtype, device=q.device)
     if mask is not None:
         bias = bias.masked_fill(~mask, float("-inf"))
-    scores = torch.baddbmm(bias.repeat(group, 1), queries, keys, alpha=head_dim**-0.5)
-    out = torch.bmm(scores.softmax(dim=-1), values).view(num_rows, num_kv_heads, group, length, head_dim)
-    return out.permute(0, 3, 1, 2, 4).reshape(num_rows, length, num_heads, head_dim)
+    queries = q.to(dtype).unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)
+    keys = k.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)
+    values = v.to(dtype).transpose(1, 2).flatten(0, 1)
+    out: Tensor = _ProductAttention.apply(queries, keys, values, bias.repeat(group, 1))  # type: ignore[no-untyped-call]
+    return out.unflatten(0, k.shape[::2]).unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+class _ProductAttention(torch.autograd.Function):
+    """softmax(q k / sqrt(H) + bias) v for q [P, R, H], k [P, H, S], v [P, S, H], bias [R, S], one p in 0..P-1 at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """Returns [P, R, H]."""
+        ctx.scale = q.shape[-1] ** -0.5
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        probabilities = q.new_empty(len(q), *bias.shape)
+        for p in range(len(q)):
+            torch.softmax(torch.addmm(bias, q[p], k[p], alpha=ctx.scale), dim=-1, out=probabilities[p])
+            torch.mm(probabilities[p], v[p], out=out[p])
+        ctx.save_for_backward(q, k, v, probabilities, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """grad [P, R, H] -> gradients of q, k and v."""
+        q, k, v, probabilities, out = ctx.saved_tensors
+        grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        grad = grad.contiguous()
+        mean = (grad * out).sum(dim=-1, keepdim=True)
+        for p in range(len(q)):
+            torch.mm(probabilities[p].T, grad[p], out=grad_v[p])
+            grad_scores = torch.mm(grad[p], v[p].T).sub_(mean[p]).mul_(probabilities[p]).mul_(ctx.scale)
+            torch.mm(grad_scores, k[p].T, out=grad_q[p])
+            torch.mm(q[p].T, grad_scores, out=grad_k[p])
+        return grad_q, grad_k, grad_v, None
 
 
 def visible(query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
