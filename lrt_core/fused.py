@@ -1,7 +1,7 @@
 """The same model with fewer, larger products, for serving: q, k, v and gates of a layer in one, all layers' memory
 projections in one per step. `fuse` swaps a model's submodules in place; forward and results stay what they were (to rounding).
 
-Neighbours: `model.py` and `memory.py` hold the plain forms, which training and checkpoints use.
+Neighbours: `model.py` and `memory.py` hold the plain forms, which training and checkpoints use; `packed.py` comes after.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class FusedInputProjections(nn.Module):
             parts.append(F.pad(plain.gate.weight, (0, plain.query.in_features - plain.num_gate_channels)))
         self.sizes = [part.shape[0] for part in parts]
         self.has_gate = plain.gate is not None
-        self.weight = nn.Parameter(torch.cat([part.detach() for part in parts]), requires_grad=False)
+        self.linear: nn.Module = _linear([part.detach() for part in parts])
 
     def forward(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As `InputProjections.forward`."""
-        parts = torch.split(F.linear(a, self.weight), self.sizes, dim=-1)
+        parts = torch.split(self.linear(a), self.sizes, dim=-1)
         return parts[0], parts[1], parts[2], parts[3] if self.has_gate else None
 
 
@@ -44,14 +44,21 @@ class FusedMemoryProjection(nn.Module):
         self.num_pairs = len(plain.key)
         pairs = zip(plain.key, plain.value, strict=True)
         weights = [next(linear.parameters()).detach() for pair in pairs for linear in pair]
-        self.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+        self.linear: nn.Module = _linear(weights)
 
     def forward(self, memory: Tensor) -> Sequence[ProjectedMemory]:
         """As `MemoryProjection.forward`."""
         shape = (self.num_pairs, 2, self.config.num_kv_heads, self.config.head_dim)
-        projected = F.linear(memory, self.weight).reshape(*memory.shape[:-1], *shape)
+        projected = self.linear(memory).reshape(*memory.shape[:-1], *shape)
         pairs = [ProjectedMemory(*pair.unbind(-3)) for pair in projected.unbind(-4)]
         return pairs if len(pairs) == self.config.num_layers else pairs * self.config.num_layers
+
+
+def _linear(weights: list[Tensor]) -> nn.Linear:
+    weight = torch.cat(weights)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
 
 
 def fuse(model: LatentRecurrentTransformer) -> LatentRecurrentTransformer:

@@ -156,12 +156,12 @@ class LatentRecurrentTransformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights, and of latents and cache."""
-        return self.head.weight.dtype
+        return self.embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights live."""
-        return self.head.weight.device
+        return self.embedding.weight.device
 
     def forward(self, tokens: Tensor, positions: Tensor, memory: Tensor | None, kv: KV) -> ForwardResult:
         """Run every layer over the given tokens.

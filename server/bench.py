@@ -23,6 +23,7 @@ from lrt_core.config import ModelConfig, RecurrenceConfig
 from lrt_core.fused import fuse
 from lrt_core.hardware import has_fast_bf16
 from lrt_core.model import LatentRecurrentTransformer
+from lrt_core.packed import pack
 from lrt_core.refine import refine
 from lrt_core.sampling_params import SamplingParams
 from server.engine.config import EngineConfig, PrefillMode
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bandwidth, rate = measure_limits()
     print(f"{torch.get_num_threads()} threads, {dtype}, read bandwidth {bandwidth:.1f} GB/s, bf16 products {rate:.0f} GFLOP/s")
     run = _run_offline if args.mode == "offline" else _run_prefill
-    figures = [figure for label, model in _models(args, dtype) for figure in run(args, fuse(model), label)]
+    figures = [figure for label, model in _models(args, dtype) for figure in run(args, pack(fuse(model)), label)]
     if args.json is not None:
         limits = {"read_bandwidth_gb_s": bandwidth, "bf16_gflop_s": rate, "threads": torch.get_num_threads()}
         args.json.write_text(json.dumps({**limits, "figures": [asdict(figure) for figure in figures]}, indent=2) + "\n")

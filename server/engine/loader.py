@@ -15,6 +15,7 @@ from lrt_core.config import ModelConfig
 from lrt_core.fused import fuse
 from lrt_core.hardware import available_memory, has_fast_bf16
 from lrt_core.model import LatentRecurrentTransformer
+from lrt_core.packed import pack
 from lrt_core.paged import PagedPool
 from server.engine.async_engine import AsyncEngine
 from server.engine.config import EngineConfig, PrefillMode
@@ -69,7 +70,7 @@ def load_engine(
     model = load_model(options.checkpoint, dtype=dtype, device=options.device)
     tokenizer = load_tokenizer(options.checkpoint)
     generation = load_generation_config(options.checkpoint)
-    fuse(model)
+    pack(fuse(model))
     runner = ModelRunner(model, resolve(options, model.config, dtype))
     engine = Engine(runner, generation.eos_token_ids, options.check_invariants, options.seed)
     return AsyncEngine(engine, tokenizer, observer, on_death)
