@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 Number = TypeVar("Number", int, float)
 
@@ -117,16 +117,23 @@ def _switch(text: str) -> bool:
 _count, _seconds = _at_least(int, 1), _at_least(float, 0.0)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, without the usage."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line. Defaults are left out of it: `parse_config` fills them in after the environment."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lrt-server",
         description="Serve a Latent Recurrent Transformer over an OpenAI-compatible HTTP API.",
         epilog="Every flag is also an environment variable: --max-model-len is LRT_MAX_MODEL_LEN.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="directory; the bundled one without it")
+    # No type=Path: before Python 3.12 argparse would convert the missing argument's marker SUPPRESS too.
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="directory; the bundled one without it")
     _add_http(parser.add_argument_group("HTTP"))
     _add_engine(parser.add_argument_group("engine"))
     return parser
@@ -193,6 +200,8 @@ def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Se
     """The settings of a command line and an environment. A wrong one is a line on stderr and SystemExit(2)."""
     parser = make_parser()
     values = {**_from_environment(parser, environment), **vars(parser.parse_args(arguments))}
+    if "checkpoint" in values:
+        values["checkpoint"] = Path(values["checkpoint"])
     return ServerConfig(**values)
 
 
