@@ -300,4 +300,15 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         if name in tensors:
             raise CheckpointError(f"{path}: {name} is there with and without the prefix of a compiled model")
         tensors[name] = tensor.contiguous()
+    return _unshared(tensors)
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each with memory of its own, as safetensors demands: a state dict may hold one under two names."""
+    owners: set[int] = set()
+    for name, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        if address in owners:
+            tensors[name] = tensor.clone()
+        owners.add(address)
     return tensors

@@ -54,7 +54,8 @@ def tiny_config(**overrides: Any) -> ModelConfig:
         "gate_channels": 16,
     }
     values.update(overrides)
-    values.setdefault("recurrence", RecurrenceConfig(values["num_layers"] - 1))
+    if "recurrence" not in values:
+        values["recurrence"] = RecurrenceConfig(values["num_layers"] - 1)
     return ModelConfig(**values)
 
 
