@@ -6,6 +6,7 @@ A registry per object, nothing global. Neighbours: `engine/stats.py` defines wha
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
@@ -143,9 +144,8 @@ class EngineMetrics:
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         name = f"{self._prefix}:request_success"
         self._success = Counter(name, "Samples that ended, by reason.", (*LABELS, "finished_reason"), registry=self.registry)
-        reasons: tuple[FinishReason, ...] = ("stop", "length", "abort")
-        for reason in reasons:
-            self._success.labels(*self._label_values, reason)
+        for finished_reason in get_args(FinishReason):
+            self._success.labels(*self._label_values, finished_reason)
         name = f"{self._prefix}:admission_rejections"
         self._rejections = Counter(name, "Requests refused, by reason.", (*LABELS, "reason"), registry=self.registry)
         for reason in ("queue_full", "draining", "engine_dead"):
