@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_CGROUP_USAGE = Path("/sys/fs/cgroup/memory.current")
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def has_fast_bf16(device: torch.device | str) -> bool:
@@ -23,8 +22,15 @@ def available_memory(device: torch.device | str) -> int:
     """Bytes that can still be taken on the device, a container's limit included."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else "max"
-    if limit.isdigit() and _CGROUP_USAGE.exists():
-        free = min(free, int(limit) - int(_CGROUP_USAGE.read_text()))
+    # What the page cache holds can be had back: after reading a large checkpoint most memory may lie there.
+    free = _read_table(_MEMINFO)["MemAvailable:"] * 1024
+    limit, usage = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    if limit.exists() and usage.exists() and limit.read_text().strip() != "max":
+        reclaimable = _read_table(_CGROUP / "memory.stat").get("inactive_file", 0)
+        free = min(free, int(limit.read_text()) - int(usage.read_text()) + reclaimable)
     return max(free, 0)
+
+
+def _read_table(path: Path) -> dict[str, int]:
+    """The kernel's files of one `name number` a line."""
+    return {words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1}
