@@ -41,6 +41,7 @@ class SamplingParams:
             value = getattr(self, name)
             _require(-2 <= value <= 2, f"{name} must lie in [-2, 2], got {value}")
         _require(0 < self.repetition_penalty < math.inf, f"repetition_penalty must be positive, got {self.repetition_penalty}")
+        _require(all(math.isfinite(bias) for bias in self.logit_bias.values()), "logit_bias must be finite")
         _require(self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids must not be empty")
 
     @property

@@ -32,11 +32,19 @@ class EngineConfig:
         for name in ("max_model_len", "num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_num_waiting", "tolerance"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): every running sequence needs a token a step"
             )
+
+    @property
+    def max_num_admitted(self) -> int:
+        """Samples that may be unfinished at once, running and waiting."""
+        return self.max_num_seqs + self.max_num_waiting
 
     @property
     def capacity(self) -> int:

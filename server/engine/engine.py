@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
@@ -146,7 +147,11 @@ def check_request(config: EngineConfig, vocab_size: int, request: GenerationRequ
         raise RequestError("the prompt is empty")
     if max_tokens < 0 or request.n < 1:
         raise RequestError("max_tokens must be at least 0 and n at least 1")
-    outside = next((token for token in request.prompt_ids if not 0 <= token < vocab_size), None)
+    if request.n > config.max_num_admitted:
+        raise RequestError(f"n is {request.n}, the server takes {config.max_num_admitted} samples in all")
+    sampling = request.sampling
+    ids = chain(request.prompt_ids, sampling.logit_bias, sampling.allowed_token_ids or ())
+    outside = next((token for token in ids if not 0 <= token < vocab_size), None)
     if outside is not None:
         raise RequestError(f"token id {outside} lies outside 0..{vocab_size - 1}")
     if num_prompt + max_tokens > config.max_model_len:

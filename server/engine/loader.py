@@ -78,6 +78,8 @@ def load_engine(
 
 def resolve(options: LoadOptions, model_config: ModelConfig, dtype: torch.dtype) -> EngineConfig:
     """Settle what the options leave open. Raises LoadError."""
+    if options.block_size < 1:
+        raise LoadError(f"--block-size must be at least 1, got {options.block_size}")
     max_model_len = options.max_model_len or model_config.sequence_len
     tolerance = DEFAULT_TOLERANCE[dtype] if options.prefill_tolerance is None else options.prefill_tolerance
     try:
