@@ -50,6 +50,7 @@ class RequestStream:
             await self.aclose()
             raise
         if isinstance(item, BaseException):
+            self._undelivered = 0
             raise item
         if item.finish_reason is not None:
             self._undelivered -= 1
@@ -156,7 +157,7 @@ class AsyncEngine:
             refusal = AdmissionError("engine_dead", "the engine is not running")
         elif self.is_draining:
             refusal = AdmissionError("draining", "the server is shutting down and takes no new requests")
-        elif self._num_unfinished() + request.n > self.config.max_num_seqs + self.config.max_num_waiting:
+        elif self._num_unfinished() + request.n > self.config.max_num_admitted:
             refusal = AdmissionError("queue_full", "too many requests are waiting; try again later")
         if refusal is not None:
             self.observer.on_rejection(refusal.reason)
