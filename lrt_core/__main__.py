@@ -44,6 +44,8 @@ def _run(args: argparse.Namespace) -> None:
     max_tokens = defaults.max_new_tokens if args.max_tokens is None else args.max_tokens
     if max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, got {max_tokens}")
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: no CUDA device is available")
     tokenizer = load_tokenizer(args.checkpoint)
     model = load_model(args.checkpoint, dtype=_DTYPES[args.dtype], device=args.device)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
