@@ -111,7 +111,7 @@ class PagedKV:
     def _attend_decodes(self, group: DecodeGroup, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """Rows 0..S of the batch. The query heads of one KV head stand as its queries, so nothing is repeated for GQA."""
         num_rows, num_kv_heads = group.slots.shape[0], keys.shape[1]
-        grouped = query[:num_rows].unflatten(1, (num_kv_heads, -1)).transpose(1, 2)
+        grouped = query[:num_rows].reshape(num_rows, num_kv_heads, -1, query.shape[-1]).transpose(1, 2)
         out = attention(grouped, keys[group.slots], values[group.slots], mask=mask)
         return out.transpose(1, 2).flatten(1, 2)
 

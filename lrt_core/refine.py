@@ -36,7 +36,8 @@ def relative_change(new: Tensor, old: Tensor) -> Tensor:
     """|new - old| / |new| over the last axis in float32, [..., D] -> [...]: the residual of a latent between passes."""
     new, old = new.float(), old.float()
     difference: Tensor = torch.linalg.vector_norm(new - old, dim=-1)
-    return difference / torch.linalg.vector_norm(new, dim=-1).clamp_min(1e-30)
+    size: Tensor = torch.linalg.vector_norm(new, dim=-1)
+    return difference / size.clamp_min(1e-30)
 
 
 def num_settled(changes: Sequence[float], tolerance: float) -> int:
