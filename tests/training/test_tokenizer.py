@@ -9,7 +9,7 @@ import pytest
 from lrt_core.official_tokenizer import CHAT_TEMPLATE
 from training.tokenizer import EOS_TOKENS, SPECIAL_TOKENS, train_tokenizer
 
-TEXTS = ["def function(self, value):\n    return self.value + value\n" * 20, "numbers 12345 and naïve ‘quotes’\n" * 20]
+TEXTS = ["def function(self, value):\n    return self.value + value\n" * 20, "numbers 12345 and naïve “quotes”\n" * 20]
 
 
 def test_vocabulary_counts_special_tokens_which_come_last() -> None:

@@ -100,7 +100,7 @@ def test_what_is_not_finite_stops_the_run_with_the_weights_untouched(
     else:
         weight.register_hook(lambda gradient: gradient * float("inf"))
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    with pytest.raises(TrainingError, match="step 1: .*not finite"):
+    with pytest.raises(TrainingError, match=r"step 1: .*not finite"):
         trainer.step()
     assert trainer.num_steps_done == 0
     for name, value in trainer.model.state_dict().items():
