@@ -109,11 +109,14 @@ class Engine:
             window, sequence = result.window, result.window.sequence
             stats.num_scheduled_tokens += window.num_tokens
             settled = window.start + result.num_settled
-            stats.num_settled_prompt_tokens += max(0, min(settled, sequence.num_prompt_tokens) - window.start)
+            num_new = min(settled, sequence.num_prompt_tokens) - sequence.num_counted_prompt_tokens
             if result.residual is not None:
                 stats.refinement_residuals.append(result.residual)
-            if window.start < sequence.num_prompt_tokens <= settled:
-                stats.refinement_passes.append((sequence.num_computed_rows + window.num_tokens) / settled)
+            if num_new > 0:
+                stats.num_settled_prompt_tokens += num_new
+                sequence.num_counted_prompt_tokens += num_new
+                if settled >= sequence.num_prompt_tokens:
+                    stats.refinement_passes.append((sequence.num_computed_rows + window.num_tokens) / settled)
 
     def _advance(self, result: WindowResult) -> list[SequenceOutput]:
         """Apply one window's result to its sequence."""

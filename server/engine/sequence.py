@@ -37,6 +37,8 @@ class Sequence:
     num_touched_tokens: int = 0
     num_computed_rows: int = 0
     """Forward rows spent since the sequence was last placed; over its length, the refinement passes it took."""
+    num_counted_prompt_tokens: int = 0
+    """Prompt tokens that statistics know of; unlike num_computed_tokens it survives a preemption, so that none counts twice."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     first_scheduled: float | None = None
