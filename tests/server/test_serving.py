@@ -33,6 +33,7 @@ class Running:
 
     def __init__(self, engine: FakeEngine, http: Any = "auto", **settings: Any) -> None:
         listener = command._bind("127.0.0.1", 0)
+        self.engine = engine
         self.address = listener.getsockname()
         self.url = f"http://127.0.0.1:{self.address[1]}"
         config = uvicorn.Config(make_app(engine), http=http, log_config=None, timeout_graceful_shutdown=FLUSH_SECONDS)
