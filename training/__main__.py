@@ -135,7 +135,7 @@ def _resumed(options: argparse.Namespace) -> Trainer:
 
 
 def _load(config: TrainingConfig) -> Corpus:
-    corpus = load_corpus(config.data, config.validation_fraction)
+    corpus = load_corpus(config.data, config.validation_fraction, config.piece_characters)
     if corpus.skipped:
         print(f"lrt-train: skipped {len(corpus.skipped)} corrupt record(s), the first: {corpus.skipped[0]}", file=sys.stderr)
     return corpus

@@ -37,7 +37,7 @@ def test_the_card_says_how_the_model_came_to_be(tmp_path: Path) -> None:
         "    lrt-train --preset tiny\n",
         "Seed 7; 1 steps of 2 x 24 tokens, 48 tokens in all",
         "schedule `interleaved`, S = 2",
-        "`python-sources`: 12 training documents",
+        "`python-sources`: 12 training pieces",
         "The model writes\nPython",
         "licences of their packages",
         f"| sequential, token by token, as served | {results.sequential:.4f} |",
