@@ -63,7 +63,7 @@ class TrainingConfig:
     num_steps: optimizer steps; time_budget: seconds after which the run is over even with steps left, None for no limit. The
     learning rate follows whichever of the two is nearer its end: it rises over the first `warmup` of the run, stays, and
     falls to zero over the last `warmdown`.
-    prompt_cuts: during the warmdown, the share of words before which text is cut as prompts are (`packing.encode_with_cuts`).
+    prompt_cuts: during the warmdown, the share of likely prompt ends at which text is cut (`packing.encode_with_cuts`).
     batch_size: rows of `model.sequence_len` tokens per step. eval_rows: rows of each evaluation. *_every: in steps.
     """
 

@@ -111,16 +111,17 @@ class Packer:
         return self._tokens[key]
 
 
-_WORD_START = re.compile(r"(?<= )(?=\S)")
+_PROMPT_END = re.compile(r"(?<= )(?=\S)|(?<=\S)(?=\n)")
+"""After a space, before a word; and at the end of a line."""
 
 
 def encode_with_cuts(tokenizer: Tokenizer, text: str, share: float, rng: Random) -> list[int]:
-    """bos and the ids of the text, cut before `share` of the words that follow a space, each part encoded by itself.
+    """bos and the ids of the text, cut at `share` of the places where prompts like to end, each part encoded by itself.
 
-    Tokens hold the space before a word, so uncut text never shows a lone space with a word to come, which is just what a
-    prompt that ends in a space asks for: `import ` would go on as `import 2`.
+    Tokens hold the space before a word and the line break after punctuation, so uncut text never shows a lone space with a
+    word to come, nor `):` with a line break to come; but prompts end just there, and would go on as `import 2` or `f(n): 1`.
     """
-    places = [found.start() for found in _WORD_START.finditer(text) if rng.random() < share] if share > 0 else []
+    places = [found.start() for found in _PROMPT_END.finditer(text) if rng.random() < share] if share > 0 else []
     ids = tokenizer.encode("", add_bos=True)
     for start, end in zip([0, *places], [*places, len(text)], strict=True):
         ids += tokenizer.encode(text[start:end], add_bos=False)

@@ -87,8 +87,8 @@ def test_more_lanes_than_documents() -> None:
     assert tokens.shape == (3, 6)
 
 
-def test_cuts_separate_words_from_their_spaces() -> None:
-    text = "the dot in 12 ranks\n    return  self.port "
+def test_cuts_separate_words_from_their_spaces_and_line_breaks() -> None:
+    text = "the dot in 12 ranks:\n    return  self.port "
     whole = encode_with_cuts(TOKENIZER, text, 0.0, Random(0))
     assert whole == TOKENIZER.encode(text, add_bos=True)
     cut = encode_with_cuts(TOKENIZER, text, 1.0, Random(0))
@@ -96,6 +96,7 @@ def test_cuts_separate_words_from_their_spaces() -> None:
     assert cut[0] == BOS and BOS not in cut[1:]
     tokens = [TOKENIZER.token_bytes(id) for id in cut[1:]]
     assert not any(token.startswith(b" ") and token.strip() for token in tokens)
+    assert TOKENIZER.encode("\n", add_bos=False)[0] in cut
     assert any(token.startswith(b" ") and token.strip() for token in map(TOKENIZER.token_bytes, whole))
     some = [encode_with_cuts(TOKENIZER, text * 20, 0.5, Random(seed)) for seed in (0, 0, 1)]
     assert some[0] == some[1] != some[2]
