@@ -12,6 +12,7 @@ import torch
 from tests.helpers import tiny_tokenizer
 from training.data import Document
 from training.packing import Packer, Position, encode_with_cuts, evaluation_rows
+from training.tokenizer import train_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 BOS = TOKENIZER.special_tokens["<|bos|>"]
@@ -88,19 +89,27 @@ def test_more_lanes_than_documents() -> None:
 
 
 def test_cuts_separate_words_from_their_spaces_and_line_breaks() -> None:
-    text = "the dot in 12 ranks:\n    return  self.port "
-    whole = encode_with_cuts(TOKENIZER, text, 0.0, Random(0))
-    assert whole == TOKENIZER.encode(text, add_bos=True)
-    cut = encode_with_cuts(TOKENIZER, text, 1.0, Random(0))
-    assert TOKENIZER.decode(cut[1:]) == text
-    assert cut[0] == BOS and BOS not in cut[1:]
-    tokens = [TOKENIZER.token_bytes(id) for id in cut[1:]]
-    assert not any(token.startswith(b" ") and token.strip() for token in tokens)
-    assert TOKENIZER.encode("\n", add_bos=False)[0] in cut
-    assert any(token.startswith(b" ") and token.strip() for token in map(TOKENIZER.token_bytes, whole))
-    some = [encode_with_cuts(TOKENIZER, text * 20, 0.5, Random(seed)) for seed in (0, 0, 1)]
+    text = "def f(self, value):\n    return  self.value "
+    tokenizer = train_tokenizer([text * 50], 330, 10_000_000)
+
+    def joined(share: float) -> tuple[bool, bool]:
+        """Whether a token holds a space and the word after it, and whether one holds punctuation and a line break."""
+        ids = encode_with_cuts(tokenizer, text, share, Random(0))
+        assert ids[0] == tokenizer.bos_id not in ids[1:]
+        assert tokenizer.decode(ids[1:]) == text
+        tokens = [tokenizer.token_bytes(id) for id in ids]
+        return any(token.startswith(b" ") and token.strip() for token in tokens), b"):\n" in tokens
+
+    assert encode_with_cuts(tokenizer, text, 0.0, Random(0)) == tokenizer.encode(text, add_bos=True)
+    assert joined(0.0) == (True, True)
+    assert joined(1.0) == (False, False)
+
+
+def test_the_share_and_the_seed_decide_the_cuts() -> None:
+    text = "the dot in 12 ranks:\n    return  self.port " * 20
+    whole, *some = (encode_with_cuts(TOKENIZER, text, 0.5 * bool(seed), Random(seed)) for seed in (0, 1, 1, 2))
     assert some[0] == some[1] != some[2]
-    assert len(whole) * 20 < len(some[0]) + 20
+    assert len(whole) < len(some[0]) < len(encode_with_cuts(TOKENIZER, text, 1.0, Random(1)))
 
 
 def test_no_documents() -> None:
