@@ -51,6 +51,7 @@ class LoadOptions:
     prefill: PrefillMode = "window"
     prefill_window: int = 128
     prefill_tolerance: float | None = None
+    prefix_caching: bool = True
     check_invariants: bool = False
     seed: int | None = None
 
@@ -93,6 +94,8 @@ def resolve(options: LoadOptions, model_config: ModelConfig, dtype: torch.dtype)
             prefill=options.prefill,
             window=min(options.prefill_window, options.max_num_batched_tokens),
             tolerance=tolerance,
+            prefix_caching=options.prefix_caching,
+            latents_are_hidden=model_config.source_layer == model_config.num_layers - 1,
         )
     except ValueError as error:
         raise LoadError(str(error)) from None

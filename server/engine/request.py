@@ -44,6 +44,7 @@ class GenerationRequest:
     """One prompt and `n` samples of it (sample i uses seed + i).
 
     logprobs, prompt_logprobs: None for none, else how many alternatives to report beside each token's own logprob.
+    priority: lower values are served first. cache_salt: cached blocks are shared only among requests of equal salt.
     """
 
     request_id: str
@@ -53,6 +54,8 @@ class GenerationRequest:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    priority: int = 0
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True)
