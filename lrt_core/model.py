@@ -9,6 +9,8 @@ A leading `...` is [B] in training and absent in serving, where the tokens of al
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -54,6 +56,30 @@ class ForwardResult(NamedTuple):
 
     hidden: Tensor
     latents: Tensor
+
+
+@dataclass
+class Stream:
+    """A forward under way: the residual stream x and its start x0 [..., T, D], and what every layer reads beside it."""
+
+    x: Tensor
+    x0: Tensor
+    tokens: Tensor
+    rope: Rope
+    memory: Tensor | None
+    projected: Sequence[ProjectedMemory] | None
+
+    def select(self, rows: Tensor) -> Stream:
+        """The stream of some tokens [R] of a flat batch."""
+        memory = self.memory.index_select(0, rows) if self.memory is not None else None
+        rope = Rope(self.rope.cos.index_select(0, rows), self.rope.sin.index_select(0, rows))
+        taken: dict[int, ProjectedMemory] = {}  # shared projections are one object in every layer's place
+        for one in self.projected or ():
+            if id(one) not in taken:
+                taken[id(one)] = ProjectedMemory(one.key.index_select(0, rows), one.value.index_select(0, rows))
+        projected = [taken[id(one)] for one in self.projected] if self.projected is not None else None
+        x, x0, tokens = (part.index_select(0, rows) for part in (self.x, self.x0, self.tokens))
+        return Stream(x, x0, tokens, rope, memory, projected)
 
 
 class InputProjections(nn.Module):
@@ -170,26 +196,48 @@ class LatentRecurrentTransformer(nn.Module):
         each token's predecessor, explicit zeros where there is none; None exactly when the model has no recurrence.
         kv: stores these tokens' keys and values and attends. Raises ValueError when memory and recurrence disagree.
         """
+        stream = self.begin(tokens, positions, memory)
+        latents = self.run_to_source(stream, kv)
+        return ForwardResult(self.run_from_source(stream, latents, kv), latents)
+
+    # The forward in parts, for a caller that wants the layers above the source on some of the tokens only: memories depend on
+    # the layers up to the source alone.
+
+    def begin(self, tokens: Tensor, positions: Tensor, memory: Tensor | None) -> Stream:
+        """The residual stream before layer 0; arguments as in `forward`."""
         if (memory is None) != (self.config.recurrence is None):
             raise ValueError("memory must be given to a recurrent model (zeros at position 0) and to no other")
-        rope = make_rope(self.config, positions)
-        x = x0 = norm(self.embedding(tokens))
+        x = norm(self.embedding(tokens))
         projected = self.memory_projection(memory) if self.memory_projection is not None else None
-        latents = x
-        for index, layer in enumerate(self.layers):
-            x = layer(self._inject(index, x, x0, memory), tokens, rope, projected and projected[index], kv)
-            if index == self.config.source_layer:
-                latents = norm(x)
-        last_is_source = self.config.source_layer == self.config.num_layers - 1
-        return ForwardResult(latents if last_is_source else norm(x), latents)
+        return Stream(x, x, tokens, make_rope(self.config, positions), memory, projected)
 
-    def _inject(self, layer: int, x: Tensor, x0: Tensor, memory: Tensor | None) -> Tensor:
-        """alpha x + beta x0 + gamma memory for one layer, each [..., T, D]."""
-        x = self.residual_scale[layer] * x if self.residual_scale is not None else x
+    def run_to_source(self, stream: Stream, kv: KV) -> Tensor:
+        """Run the layers up to the source, changing `stream.x`; returns the latents [..., T, D]."""
+        self._run(stream, range(self.config.source_layer + 1), kv)
+        return norm(stream.x)
+
+    def run_from_source(self, stream: Stream, latents: Tensor, kv: KV) -> Tensor:
+        """Run the layers above the source, if any, over what `run_to_source` left; returns the hidden states [..., T, D]."""
+        above = range(self.config.source_layer + 1, self.config.num_layers)
+        if not above:
+            return latents
+        self._run(stream, above, kv)
+        return norm(stream.x)
+
+    def _run(self, stream: Stream, layers: range, kv: KV) -> None:
+        for index in layers:
+            memory = stream.projected and stream.projected[index]
+            stream.x = self.layers[index](self._inject(index, stream), stream.tokens, stream.rope, memory, kv)
+
+    def _inject(self, layer: int, stream: Stream) -> Tensor:
+        """alpha x + beta x0 + gamma memory for one layer, [..., T, D]."""
+        x = stream.x
+        if self.residual_scale is not None:
+            x = self.residual_scale[layer] * x
         if self.embedding_scale is not None:
-            x = x + self.embedding_scale[layer] * x0
-        if self.memory_scale is not None and memory is not None:
-            x = x + self.memory_scale[layer] * memory
+            x = x + self.embedding_scale[layer] * stream.x0
+        if self.memory_scale is not None and stream.memory is not None:
+            x = x + self.memory_scale[layer] * stream.memory
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -50,6 +50,25 @@ def build(windows: Sequence[ScheduledWindow], pool: PagedPool, block_size: int) 
     return Batch(ordered, offsets, flat[0], flat[1], flat[2], flat[3], kv)
 
 
+def settled_part(batch: Batch, num_settled: Sequence[int]) -> tuple[Tensor, list[int], PagedKV]:
+    """The leading num_settled[i] rows of every window i: their rows in the batch [R], the windows' offsets among them, and the
+    pool as they see it."""
+    rows: list[int] = []
+    offsets = [0]
+    groups = []
+    num_decodes = len(batch.windows) - len(batch.kv.windows)
+    for index, (start, count) in enumerate(zip(batch.offsets, num_settled, strict=False)):
+        rows += range(start, start + count)
+        if index >= num_decodes:
+            group = batch.kv.windows[index - num_decodes]
+            context = len(group.slots) - group.num_tokens + count
+            groups.append(WindowGroup(offsets[-1], count, group.slots[:context]))
+        offsets.append(len(rows))
+    index_of_rows = torch.tensor(rows, device=batch.slots.device)
+    kv = PagedKV(batch.kv.pool, batch.slots.index_select(0, index_of_rows), batch.kv.decodes, groups)
+    return index_of_rows, offsets, kv
+
+
 def slots_of(block_table: list[int], start: int, end: int, block_size: int) -> list[int]:
     """Pool slots of positions start..end - 1."""
     return [block_table[p // block_size] * block_size + p % block_size for p in range(start, end)]

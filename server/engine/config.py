@@ -16,8 +16,7 @@ class EngineConfig:
     one step's forward. num_blocks * block_size: capacity of the paged pool. max_num_waiting: queue length beyond which
     requests are refused. prefill: how prompts are read; window is the largest refinement window; tolerance the relative L2
     change of an incoming memory below which a position counts as settled. prefix_caching: reuse settled blocks of earlier
-    sequences. latents_are_hidden: the latent is what the head reads (source layer last), so that logprobs of cached tokens
-    need no forward.
+    sequences.
     """
 
     max_model_len: int
@@ -30,7 +29,6 @@ class EngineConfig:
     window: int = 128
     tolerance: float = 1e-5
     prefix_caching: bool = True
-    latents_are_hidden: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "window"):

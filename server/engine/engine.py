@@ -53,7 +53,7 @@ class Engine:
         root = f"{runner.model.dtype} {self.config.prefill} {self.config.window} {self.config.tolerance}"
         root_or_none = root if self.config.prefix_caching else None
         self.blocks = BlockManager(self.config.num_blocks, self.config.block_size, root_or_none)
-        self.scheduler = Scheduler(self.config, self.blocks)
+        self.scheduler = Scheduler(self.config, self.blocks, runner.model.config.latents_are_hidden)
         self.check_invariants = check_invariants
         self._random = random.Random(seed)
         self._numbers = itertools.count()

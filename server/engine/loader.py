@@ -95,7 +95,6 @@ def resolve(options: LoadOptions, model_config: ModelConfig, dtype: torch.dtype)
             window=min(options.prefill_window, options.max_num_batched_tokens),
             tolerance=tolerance,
             prefix_caching=options.prefix_caching,
-            latents_are_hidden=model_config.source_layer == model_config.num_layers - 1,
         )
     except ValueError as error:
         raise LoadError(str(error)) from None

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lrt_core.model import LatentRecurrentTransformer
+from lrt_core.model import LatentRecurrentTransformer, Stream
 from lrt_core.paged import PagedPool
 from lrt_core.refine import relative_change
 from lrt_core.sampling import SampleRow, sample, top_logprobs
 from lrt_core.window import num_settled
-from server.engine.batch import Batch, build, slots_of
+from server.engine.batch import Batch, build, settled_part, slots_of
 from server.engine.block_manager import Copy
 from server.engine.config import EngineConfig
 from server.engine.request import TokenLogprob
@@ -58,27 +58,42 @@ class ModelRunner:
         batch = build(windows, self.pool, self.config.block_size)
         recurrent = self.model.config.recurrence is not None
         memory = self.pool.load_memory(batch.memory_rows) if recurrent else None
-        hidden, latents = self.model(batch.tokens, batch.positions, memory, batch.kv)
+        stream = self.model.begin(batch.tokens, batch.positions, memory)
+        latents = self.model.run_to_source(stream, batch.kv)
         self.pool.store_latents(batch.slots, latents)
         results = _settle(batch, latents, memory, self.config.tolerance)
-        self._score_prompts(batch, results, hidden)
-        self._sample(batch, results, hidden)
+        hidden, offsets = self._finish_settled(batch, stream, latents, results)
+        self._score_prompts(offsets, results, hidden)
+        self._sample(offsets, results, hidden)
         return results
 
-    def _sample(self, batch: Batch, results: list[WindowResult], hidden: Tensor) -> None:
+    def _finish_settled(
+        self, batch: Batch, stream: Stream, latents: Tensor, results: list[WindowResult]
+    ) -> tuple[Tensor, list[int]]:
+        """Run the layers above the source on the rows that settled; returns hidden states and the windows' offsets in them.
+
+        The other rows will be computed again, and nothing depends on what these layers make of them until then.
+        """
+        num_settled = [result.num_settled for result in results]
+        if self.model.config.latents_are_hidden or sum(num_settled) == batch.offsets[-1]:
+            return self.model.run_from_source(stream, latents, batch.kv), batch.offsets
+        rows, offsets, kv = settled_part(batch, num_settled)
+        return self.model.run_from_source(stream.select(rows), latents, kv), offsets
+
+    def _sample(self, offsets: list[int], results: list[WindowResult], hidden: Tensor) -> None:
         """Draw a token for every sequence whose last position settled, unless it wants none, and for its siblings."""
         ready = [(i, drawn) for i, result in enumerate(results) if _is_ready(result) for drawn in _drawn_from(result)]
         if not ready:
             return
-        rows = torch.tensor([batch.offsets[i] + results[i].num_settled - 1 for i, _ in ready], device=hidden.device)
+        rows = torch.tensor([offsets[i] + results[i].num_settled - 1 for i, _ in ready], device=hidden.device)
         logits = self.model.logits(hidden.index_select(0, rows))
         ids = sample(logits, [_sample_row(sequence) for _, sequence in ready])
         entries = _token_logprobs(logits, ids, [sequence.request.logprobs for _, sequence in ready])
         for (i, _), entry in zip(ready, entries, strict=True):
             results[i].tokens.append(entry)
 
-    def _score_prompts(self, batch: Batch, results: list[WindowResult], hidden: Tensor) -> None:
-        for result, offset in zip(results, batch.offsets, strict=False):
+    def _score_prompts(self, offsets: list[int], results: list[WindowResult], hidden: Tensor) -> None:
+        for result, offset in zip(results, offsets, strict=False):
             sequence = result.window.sequence
             if sequence.request.prompt_logprobs is None:
                 continue

@@ -37,10 +37,14 @@ class Totals:
 
 
 class Scheduler:
-    """Queues and budget; `running` and `waiting` are in order of rank."""
+    """Queues and budget; `running` and `waiting` are in order of rank.
 
-    def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
-        self.config, self.blocks = config, blocks
+    latents_are_hidden: a token's latent is what the head reads (source layer last), so that cached prompt tokens can be scored
+    without a forward.
+    """
+
+    def __init__(self, config: EngineConfig, blocks: BlockManager, latents_are_hidden: bool = False) -> None:
+        self.config, self.blocks, self.latents_are_hidden = config, blocks, latents_are_hidden
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.totals = Totals()
@@ -149,10 +153,9 @@ class Scheduler:
         self._run(sequence)
 
     def _may_share(self, sequence: Sequence) -> bool:
-        """Prompt logprobs need a hidden state per prompt token; cached blocks have it only where the latent is the hidden
-        state. Otherwise the prompt is computed anew."""
+        """A prompt whose logprobs are asked for is computed anew unless cached blocks hold its hidden states."""
         unscored = sequence.request.prompt_logprobs is not None and sequence.num_output_tokens == 0
-        return self.config.latents_are_hidden or not unscored
+        return self.latents_are_hidden or not unscored
 
     def _run(self, sequence: Sequence) -> None:
         sequence.status = Status.RUNNING
