@@ -1,4 +1,5 @@
-"""Fixtures for all tests, and one thread: two busy ones on a shared machine spin at OpenMP's barriers."""
+"""Fixtures for all tests, and one thread: two busy ones on a shared machine spin at OpenMP's barriers. Generated examples are
+the same in every run and have no deadline: a slow machine is no failure."""
 
 from __future__ import annotations
 
@@ -6,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from lrt_core.checkpoint import save_checkpoint
 from lrt_core.convert import main as convert
 from tests.helpers import GOLDEN, GOLDEN_NAMES, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,23 @@ def tiny_model(config: ModelConfig | None = None, seed: int = 0) -> LatentRecurr
     return model.eval()
 
 
+def contracting_model(variant: str = "layerwise", seed: int = 0) -> LatentRecurrentTransformer:
+    """A tiny model whose recurrence is weak, as a trained one's is: refinement needs few passes."""
+    model = tiny_model(tiny_config(**VARIANTS[variant]), seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "memory" in name:
+                weight.mul_(0.2)
+    return model
+
+
+def random_ids(num_tokens: int, seed: int = 0) -> list[int]:
+    """Ids of the tiny vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(0, TINY_VOCAB_SIZE, (num_tokens,), generator=generator).tolist()
+    return ids
+
+
 def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
     """Single bytes, a few pairs of letters, bos and the chat tokens: TINY_VOCAB_SIZE ids."""
     ranks = {bytes([byte]): byte for byte in range(256)}

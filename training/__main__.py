@@ -6,6 +6,8 @@ import argparse
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -29,10 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     argv = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(argv)
     try:
-        return _train(options, shlex.join(["lrt-train", *argv]))
+        return _train(options)
     except (ValueError, OSError) as error:
         print(f"lrt-train: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("lrt-train: interrupted outside of training; nothing that was saved is lost", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,17 +67,18 @@ def _parser() -> argparse.ArgumentParser:
 _SETTINGS = ("data", "schedule", "num_subsets", "kv_refresh", "num_steps", "time_budget", "batch_size", "seed", "precision")
 
 
-def _train(options: argparse.Namespace, command: str) -> int:
+def _train(options: argparse.Namespace) -> int:
     trainer = _resumed(options) if options.resume is not None else _created(options)
     run = trainer.run_folder
     if not options.finish:
-        signal.signal(signal.SIGINT, _stopper(trainer))
-        signal.signal(signal.SIGTERM, _stopper(trainer))
-        if not trainer.run():
+        with _stopping_on_signals(trainer):
+            finished = trainer.run()
+        if not finished:
             print(f"stopped at step {trainer.num_steps_done}; go on with: lrt-train --resume {run}", file=sys.stderr)
             return EXIT_INTERRUPTED
     out = options.out or run / CHECKPOINT_FOLDER
-    results = finish(trainer, out, command)
+    print(f"measuring sequential bits per byte, then writing {out}", file=sys.stderr)
+    results = finish(trainer, out)
     print(f"{out}: sequential bpb {results.sequential:.4f}, parallel bpb {results.parallel.merged:.4f}")
     return 0
 
@@ -87,7 +93,21 @@ def _created(options: argparse.Namespace) -> Trainer:
     tokenizer = train_tokenizer(texts, config.model.vocab_size, config.tokenizer_bytes)
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
     run = options.run or Path("runs") / options.preset
-    return Trainer.create(config, run, corpus, tokenizer, torch.device(options.device))
+    return Trainer.create(config, run, corpus, tokenizer, _command(options), _device(options.device))
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command that starts the same training anywhere: preset and settings, without this machine's folders and device."""
+    words = ["lrt-train", "--preset", options.preset]
+    for name in _SETTINGS:
+        value = getattr(options, name)
+        flag = "--steps" if name == "num_steps" else f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value is not None:
+            for one in value if isinstance(value, list) else [value]:
+                words += [flag, f"{one:.15g}" if isinstance(one, float) else str(one)]
+    return shlex.join(words)
 
 
 def _configured(config: TrainingConfig, options: argparse.Namespace) -> TrainingConfig:
@@ -108,25 +128,43 @@ def _resumed(options: argparse.Namespace) -> Trainer:
     if given:
         raise ValueError(f"--resume goes on with the run's own settings; --{given[0].replace('_', '-')} cannot be given")
     corpus = _load(load_run_config(options.resume))
-    trainer = Trainer.resume(options.resume, corpus, torch.device(options.device))
+    trainer = Trainer.resume(options.resume, corpus, _device(options.device))
     if trainer.data_changed:
         print("lrt-train: warning: the data changed since this run was saved; it will not go on exactly", file=sys.stderr)
     return trainer
 
 
 def _load(config: TrainingConfig) -> Corpus:
-    corpus = load_corpus(config.data, config.validation_fraction)
+    corpus = load_corpus(config.data, config.validation_fraction, config.piece_characters)
     if corpus.skipped:
         print(f"lrt-train: skipped {len(corpus.skipped)} corrupt record(s), the first: {corpus.skipped[0]}", file=sys.stderr)
     return corpus
 
 
-def _stopper(trainer: Trainer) -> signal._HANDLER:
+@contextmanager
+def _stopping_on_signals(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run after the step in hand; a second one ends the program at once."""
+
     def stop(number: int, frame: FrameType | None) -> None:
         trainer.stop_requested = True
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+        signal.signal(number, before[number])
 
-    return stop
+    before = {int(number): signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: no such kind of device") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no CUDA device can be used here")
+    return device
 
 
 if __name__ == "__main__":

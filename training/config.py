@@ -103,6 +103,11 @@ class TrainingConfig:
             f"schedule {self.schedule} {'needs a model without' if recurrent else 'needs a model with'} recurrence",
         )
 
+    @property
+    def piece_characters(self) -> int:
+        """Length to which training documents are cut: two or three rows of ordinary text."""
+        return 8 * self.model.sequence_len
+
     def make_schedule(self) -> Schedule:
         """The schedule's function with its options bound."""
         if self.schedule == "baseline":

@@ -21,8 +21,8 @@ from training.config import PYTHON_SOURCES
 
 TEXT_SUFFIXES = (".txt", ".py", ".md")
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz")
-PIECE_CHARACTERS = 16_384
-"""A text file is cut into documents of about this length at blank lines, so that one long file can be split and shuffled."""
+TEXT_CHARACTERS = 16_384
+"""A text file is cut into documents of about this length at blank lines, so that one long file can be split."""
 
 
 class DataError(ValueError):
@@ -54,10 +54,12 @@ class Corpus:
         return digest.hexdigest()
 
 
-def load_corpus(sources: Sequence[str], validation_fraction: float) -> Corpus:
+def load_corpus(sources: Sequence[str], validation_fraction: float, piece_characters: int) -> Corpus:
     """Read every source; DataError when a path is missing, a file cannot be read or too little is left to split.
 
-    Identical texts count once. A corrupt jsonl record is skipped and reported in `skipped`.
+    Identical texts count once. A corrupt jsonl record is skipped and reported in `skipped`. After the split, training documents
+    are cut into pieces of about `piece_characters` at blank lines: a long document read from end to end would rule a
+    hundred steps in a row, and the model would follow it instead of learning from all.
     """
     corpus = Corpus()
     documents: list[Document] = []
@@ -69,6 +71,11 @@ def load_corpus(sources: Sequence[str], validation_fraction: float) -> Corpus:
     if len(unique) < 2:
         raise DataError(f"{', '.join(sources)}: training and validation need two different documents, got {len(unique)}")
     _split(corpus, list(unique.values()), validation_fraction)
+    corpus.train = [
+        Document(f"{document.name}@{index}", piece)
+        for document in corpus.train
+        for index, piece in enumerate(_pieces(document.text, piece_characters))
+    ]
     return corpus
 
 
@@ -104,19 +111,23 @@ def _read_file(path: Path, name: str, skipped: list[str]) -> list[Document]:
         if path.name.endswith(RECORD_SUFFIXES):
             return _read_records(path, name, skipped)
         if path.name.endswith(TEXT_SUFFIXES):
-            return [Document(f"{name}#{index}", piece) for index, piece in enumerate(_pieces(path.read_text("utf-8")))]
+            return [
+                Document(f"{name}#{index}", piece)
+                for index, piece in enumerate(_pieces(path.read_text("utf-8"), TEXT_CHARACTERS))
+            ]
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     raise DataError(f"{path}: unknown kind of file, expected {', '.join(TEXT_SUFFIXES + RECORD_SUFFIXES)}")
 
 
-def _pieces(text: str) -> Iterator[str]:
+def _pieces(text: str, num_characters: int) -> Iterator[str]:
+    """The text in parts of at least `num_characters` that begin and end at blank lines; the last may be shorter."""
     piece: list[str] = []
     length = 0
     for paragraph in text.split("\n\n"):
         piece.append(paragraph)
         length += len(paragraph) + 2
-        if length >= PIECE_CHARACTERS:
+        if length >= num_characters:
             yield "\n\n".join(piece)
             piece, length = [], 0
     if any(paragraph.strip() for paragraph in piece):

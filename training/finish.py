@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 
 from lrt_core.checkpoint import save_checkpoint
+from lrt_core.files import read_text
 from training.evaluate import ParallelBpb, parallel_bpb, sequential_bpb
 from training.model_card import model_card
+from training.state import COMMAND_FILE
 from training.trainer import Trainer
 
 
@@ -24,7 +26,7 @@ class Results(NamedTuple):
     num_tokens: int
 
 
-def finish(trainer: Trainer, directory: Path, command: str, dtype: torch.dtype = torch.bfloat16) -> Results:
+def finish(trainer: Trainer, directory: Path, dtype: torch.dtype = torch.bfloat16) -> Results:
     """Write the trainer's model to `directory` with matrices in `dtype`.
 
     The trainer's own weights are rounded to `dtype` first, so that the figures on the card are those of the file.
@@ -36,6 +38,7 @@ def finish(trainer: Trainer, directory: Path, command: str, dtype: torch.dtype =
         sequential_bpb(trainer.model, trainer.eval_rows, trainer.byte_lengths),
         trainer.eval_rows[:, 1:].numel(),
     )
+    command = read_text(trainer.run_folder / COMMAND_FILE).strip()
     card = model_card(trainer, results.parallel, results.sequential, results.num_tokens, command)
     save_checkpoint(directory, trainer.model, trainer.tokenizer, dtype=dtype, model_card=card)
     return results

@@ -52,7 +52,7 @@ def _architecture(config: TrainingConfig) -> str:
 
 def _data(config: TrainingConfig, num_documents: int, num_characters: int) -> str:
     sources = ", ".join(f"`{source}`" for source in config.data)
-    summary = f"{sources}: {num_documents:,} training documents, {num_characters / 1e6:.1f} million characters."
+    summary = f"{sources}: {num_documents:,} training pieces, {num_characters / 1e6:.1f} million characters."
     return f"{summary}\n\n{_PYTHON_NOTE}" if config.data == (PYTHON_SOURCES,) else summary
 
 

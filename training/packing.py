@@ -1,8 +1,9 @@
 """Documents packed into rows of a fixed length, in a seeded order, with a position that resumes exactly.
 
-The documents of an epoch, in an order drawn from seed and epoch, form one stream of tokens with bos before each. A row is
-bos and the next tokens of that stream: every row opens as a prompt does, and every token of the stream is a target once.
-Neighbours: `data.py` supplies documents, `trainer.py` stores the position in its checkpoints.
+A batch has one lane per row. A lane reads one document after the other as a stream of tokens with bos before each document,
+and documents are dealt to the lanes as these run dry, in an order drawn from seed and epoch; so the rows of a batch come
+from different documents. A row is bos and the next tokens of its lane's stream: every row opens as a prompt does, and every
+token of the stream is a target once. Neighbours: `data.py` supplies documents, `trainer.py` stores the position.
 
 Shapes: B batch, T tokens of a row.
 """
@@ -10,7 +11,7 @@ Shapes: B batch, T tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -21,83 +22,86 @@ from training.data import Document
 
 
 @dataclass
+class Lane:
+    """The document that a lane reads, by index in the corpus, and the index of its next token, bos being 0."""
+
+    document: int
+    offset: int = 0
+
+
+@dataclass
 class Position:
-    """The next token to be packed: the epoch, the document's rank in that epoch's order, the token's index in the document."""
+    """The epoch, how many of its documents have been dealt, and the lanes (none before the first batch)."""
 
     epoch: int = 0
-    rank: int = 0
-    offset: int = 0
+    num_dealt: int = 0
+    lanes: list[Lane] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the training state."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Position:
+        """The inverse of `to_dict`."""
+        return cls(data["epoch"], data["num_dealt"], [Lane(**lane) for lane in data["lanes"]])
+
 
 class Packer:
     """An endless source of batches from `documents`; `position` says where it stands and may be set to resume.
 
-    Text is tokenised when it is reached, so that a run starts at once and holds no tokens.
+    Text is tokenised when it is reached, so that a run starts at once and holds no tokens but the lanes' documents.
     """
 
     def __init__(
-        self,
-        documents: Sequence[Document],
-        tokenizer: Tokenizer,
-        sequence_len: int,
-        batch_size: int,
-        seed: int,
-        position: Position | None = None,
+        self, documents: Sequence[Document], tokenizer: Tokenizer, sequence_len: int, batch_size: int, seed: int
     ) -> None:
         if not documents:
             raise ValueError("there is no document to pack")
         assert tokenizer.bos_id is not None
         self.documents, self.tokenizer, self.bos_id = documents, tokenizer, tokenizer.bos_id
         self.sequence_len, self.batch_size, self.seed = sequence_len, batch_size, seed
-        self.position = position or Position()
-        self._order: list[int] = []
-        self._order_epoch = -1
-        self._document: tuple[int, list[int]] = (-1, [])
+        self.position = Position()
+        self._order: tuple[int, list[int]] = (-1, [])
+        self._tokens: dict[int, list[int]] = {}
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """The next tokens and targets, integers [B, T] on the CPU; targets[:, t] follows tokens[:, t]."""
-        rows = torch.tensor([self.row() for _ in range(self.batch_size)])
+        lanes = self.position.lanes
+        lanes += [self._deal() for _ in range(self.batch_size - len(lanes))]
+        rows = torch.tensor([self._row(index) for index in range(self.batch_size)])
+        self._tokens = {lane.document: self._tokens[lane.document] for lane in lanes if lane.document in self._tokens}
         return rows[:, :-1], rows[:, 1:]
 
-    def row(self) -> list[int]:
-        """The next T + 1 ids: bos and T of the stream, whose own bos is left out at the start."""
+    def _row(self, index: int) -> list[int]:
+        """The next T + 1 ids of a lane: bos and T of its stream, whose own bos is left out at the start of a row."""
         row = [self.bos_id]
         while len(row) <= self.sequence_len:
-            row += self._take(self.sequence_len + 1 - len(row), skip_bos=len(row) == 1)
+            lane = self.position.lanes[index]
+            tokens = self._tokenized(lane.document)
+            start = max(lane.offset, int(len(row) == 1))
+            end = min(start + self.sequence_len + 1 - len(row), len(tokens))
+            row += tokens[start:end]
+            lane.offset = end
+            if end == len(tokens):
+                self.position.lanes[index] = self._deal()
         return row
 
-    def _take(self, count: int, skip_bos: bool) -> list[int]:
-        """Up to `count` next tokens of the current document; moves to the next document at its end."""
-        tokens = self._current()
-        start = self.position.offset + int(skip_bos and self.position.offset == 0)
-        taken = tokens[start : start + count]
-        self.position.offset = start + len(taken)
-        if self.position.offset >= len(tokens):
-            self._next_document()
-        return taken
-
-    def _next_document(self) -> None:
+    def _deal(self) -> Lane:
+        """The next document of the epoch's order, for a lane to read from its start."""
         position = self.position
-        position.rank, position.offset = position.rank + 1, 0
-        if position.rank == len(self.documents):
-            position.epoch, position.rank = position.epoch + 1, 0
+        if position.num_dealt == len(self.documents):
+            position.epoch, position.num_dealt = position.epoch + 1, 0
+        if self._order[0] != position.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position.epoch)
+            self._order = (position.epoch, torch.randperm(len(self.documents), generator=generator).tolist())
+        position.num_dealt += 1
+        return Lane(self._order[1][position.num_dealt - 1])
 
-    def _current(self) -> list[int]:
-        index = self._epoch_order()[self.position.rank]
-        if self._document[0] != index:
-            self._document = (index, self.tokenizer.encode(self.documents[index].text, add_bos=True))
-        return self._document[1]
-
-    def _epoch_order(self) -> list[int]:
-        if self._order_epoch != self.position.epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.position.epoch)
-            self._order = torch.randperm(len(self.documents), generator=generator).tolist()
-            self._order_epoch = self.position.epoch
-        return self._order
+    def _tokenized(self, document: int) -> list[int]:
+        if document not in self._tokens:
+            self._tokens[document] = self.tokenizer.encode(self.documents[document].text, add_bos=True)
+        return self._tokens[document]
 
 
 def evaluation_rows(documents: Sequence[Document], tokenizer: Tokenizer, sequence_len: int, num_rows: int) -> Tensor:

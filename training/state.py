@@ -2,6 +2,7 @@
 
 Layout of a run's folder:
     config.json      its TrainingConfig
+    command.txt      the command that started it, for the model card
     tokenizer/       the tokenizer's two files
     state.pt         TrainingState, read with weights_only
     log.jsonl        one JSON object per line
@@ -23,6 +24,7 @@ from lrt_core.files import sync
 
 STATE_FILE = "state.pt"
 CONFIG_FILE = "config.json"
+COMMAND_FILE = "command.txt"
 LOG_FILE = "log.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
 CHECKPOINT_FOLDER = "checkpoint"
@@ -41,7 +43,7 @@ class TrainingState:
 
     step: int
     elapsed: float
-    position: dict[str, int]
+    position: dict[str, Any]
     data_fingerprint: str
     model: dict[str, Tensor]
     optimizer: dict[str, Any]

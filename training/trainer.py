@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from lrt_core.files import read_json, write_json
+from lrt_core.files import read_json, write_json, write_text
 from lrt_core.model import LatentRecurrentTransformer
 from lrt_core.tokenizer import Tokenizer
 from training.config import Precision, TrainingConfig
@@ -25,6 +25,7 @@ from training.optimizer import Optimizer, lr_scale
 from training.packing import Packer, Position, evaluation_rows
 from training.progress import Progress
 from training.state import (
+    COMMAND_FILE,
     CONFIG_FILE,
     LOG_FILE,
     STATE_FILE,
@@ -70,14 +71,21 @@ class Trainer:
 
     @classmethod
     def create(
-        cls, config: TrainingConfig, run: Path, corpus: Corpus, tokenizer: Tokenizer, device: torch.device | None = None
+        cls,
+        config: TrainingConfig,
+        run: Path,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        command: str,
+        device: torch.device | None = None,
     ) -> Trainer:
-        """A new run in an empty or new folder; StateError when a run lies there already."""
+        """A new run in an empty or new folder; command: what started it. StateError when a run lies there already."""
         if (run / STATE_FILE).exists():
             raise StateError(f"{run}: holds a run already; resume it or choose another folder")
         (run / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
         tokenizer.save(run / TOKENIZER_FOLDER)
         write_json(run / CONFIG_FILE, config.to_dict())
+        write_text(run / COMMAND_FILE, command + "\n")
         return cls(config, run, corpus, tokenizer, device)
 
     @classmethod
@@ -90,7 +98,7 @@ class Trainer:
     def _restore(self, state: TrainingState) -> None:
         self.model.load_state_dict(state.model)
         self.optimizer.load_state_dict(state.optimizer)
-        self.packer.position = Position(**state.position)
+        self.packer.position = Position.from_dict(state.position)
         self.num_steps_done, self.elapsed = state.step, state.elapsed
         self.data_changed = state.data_fingerprint != self.corpus.fingerprint()
         torch.set_rng_state(state.rng)

@@ -85,11 +85,14 @@ class Completion:
             self._engine.tokenizer,
             index,
             prompt.ids,
-            prompt_text=prompt.text if self.fields.echo else None,
+            prompt_text=self._shown(prompt) if self.fields.echo else None,
             hidden=prompt.hidden,
             logprobs=self.fields.logprobs is not None,
             return_token_ids=self.fields.return_token_ids,
         )
+
+    def _shown(self, prompt: Prompt) -> str:
+        return self._engine.tokenizer.decode(prompt.ids) if prompt.text is None else prompt.text
 
     def _request(self, index: int, prompt: Prompt) -> GenerationRequest:
         fields = self.fields

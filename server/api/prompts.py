@@ -13,15 +13,15 @@ from lrt_core.tokenizer import Tokenizer, TokenizerError
 from server.api.errors import ApiError, bad_request
 
 THREAD_CHARACTERS = 20_000
-"""Texts beyond this are tokenised in a thread, so that other requests' streams go on."""
+"""Requests with more text are tokenised in a thread, so that other requests' streams go on."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids and the text they echo as, of which the `hidden` first ids (a token put before a given text) are no part."""
+    """Token ids and, for a prompt given as text, that text, of which the `hidden` first ids (put before it) are no part."""
 
     ids: tuple[int, ...]
-    text: str
+    text: str | None = None
     hidden: int = 0
 
 
@@ -41,34 +41,36 @@ class PromptReader:
 
     async def read(self, prompts: Sequence[str | tuple[int, ...]], max_tokens: int) -> list[Prompt]:
         """Checked ids of every prompt; room for one token is needed unless max_tokens is 0. Raises ApiError (400)."""
-        read = []
-        for value in prompts:
-            prompt = self._take(value) if isinstance(value, tuple) else await self._encode(value)
-            self._check_length(prompt, max_tokens)
-            read.append(prompt)
-        return read
+        if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) > THREAD_CHARACTERS:
+            return await asyncio.to_thread(self._read_all, prompts, max_tokens)
+        return self._read_all(prompts, max_tokens)
 
-    def _take(self, ids: tuple[int, ...]) -> Prompt:
-        limit = self.tokenizer.vocab_size
-        if min(ids) < 0 or max(ids) >= limit:
-            wrong = next(id for id in ids if not 0 <= id < limit)
-            raise bad_request(f"'prompt' holds the token id {str(wrong)[:40]}; ids go from 0 to {limit - 1}", param="prompt")
-        return Prompt(ids, self.tokenizer.decode(ids) if len(ids) <= self.max_model_len else "")
+    def _read_all(self, prompts: Sequence[str | tuple[int, ...]], max_tokens: int) -> list[Prompt]:
+        return [self._read_one(prompt, max_tokens) for prompt in prompts]
 
-    async def _encode(self, text: str) -> Prompt:
+    def _read_one(self, given: str | tuple[int, ...], max_tokens: int) -> Prompt:
+        prompt = self._encode(given) if isinstance(given, str) else Prompt(given)
+        self._check_length(prompt, max_tokens)
+        self._check_ids(prompt)
+        return prompt
+
+    def _encode(self, text: str) -> Prompt:
         at_least = -(-len(text.encode("utf-8")) // self.longest_token)
         if at_least > self.max_model_len:
             raise self._too_long(f"at least {at_least}")
         try:
-            if len(text) > THREAD_CHARACTERS:
-                ids = await asyncio.to_thread(self.tokenizer.encode, text)
-            else:
-                ids = self.tokenizer.encode(text)
+            ids = self.tokenizer.encode(text)
         except TokenizerError as error:
             raise bad_request(f"'prompt' cannot be tokenised: {error}", param="prompt") from None
         if not ids:
             raise bad_request("'prompt' is empty, and this model puts no token before a text", param="prompt")
         return Prompt(tuple(ids), text, hidden=int(self.tokenizer.add_bos))
+
+    def _check_ids(self, prompt: Prompt) -> None:
+        limit = self.tokenizer.vocab_size
+        wrong = next((id for id in prompt.ids if not 0 <= id < limit), None)
+        if wrong is not None:
+            raise bad_request(f"'prompt' holds the token id {str(wrong)[:40]}; ids go from 0 to {limit - 1}", param="prompt")
 
     def _check_length(self, prompt: Prompt, max_tokens: int) -> None:
         length = len(prompt.ids)

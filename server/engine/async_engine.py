@@ -153,10 +153,10 @@ class AsyncEngine:
 
     def _refuse_if_unable(self, request: GenerationRequest) -> None:
         refusal: AdmissionError | None = None
-        if self.error is not None or self._thread is None:
-            refusal = AdmissionError("engine_dead", "the engine is not running")
-        elif self.is_draining:
+        if self.is_draining and self.error is None:
             refusal = AdmissionError("draining", "the server is shutting down and takes no new requests")
+        elif self.error is not None or self._thread is None:
+            refusal = AdmissionError("engine_dead", "the engine is not running")
         elif self._num_unfinished() + request.n > self.config.max_num_admitted:
             refusal = AdmissionError("queue_full", "too many requests are waiting; try again later")
         if refusal is not None:

@@ -126,12 +126,15 @@ class Engine:
             window, sequence = result.window, result.window.sequence
             stats.num_scheduled_tokens += window.num_tokens
             settled = window.start + result.num_settled
-            stats.num_settled_prompt_tokens += max(0, min(settled, sequence.num_prompt_tokens) - window.start)
+            num_new = min(settled, sequence.num_prompt_tokens) - sequence.num_counted_prompt_tokens
             if result.residual is not None:
                 stats.refinement_residuals.append(result.residual)
-            if window.start < sequence.num_prompt_tokens <= settled:
-                rows, computed = sequence.num_computed_rows + window.num_tokens, settled - sequence.num_cached_tokens
-                stats.refinement_passes.append(rows / computed)
+            if num_new > 0:
+                stats.num_settled_prompt_tokens += num_new
+                sequence.num_counted_prompt_tokens += num_new
+                if settled >= sequence.num_prompt_tokens:
+                    rows = sequence.num_computed_rows + window.num_tokens
+                    stats.refinement_passes.append(rows / (settled - sequence.num_cached_tokens))
 
     def _advance(self, result: WindowResult) -> list[SequenceOutput]:
         """Apply one window's result to its sequence; when that has read its prompt, its siblings set out too."""
@@ -147,6 +150,8 @@ class Engine:
         for sibling, token in zip(siblings, tokens[1:], strict=True):
             sibling.prompt_logprobs = sequence.prompt_logprobs
             sibling.first_scheduled = sequence.first_scheduled
+            sibling.num_cached_prompt_tokens = sequence.num_cached_prompt_tokens
+            sibling.num_counted_prompt_tokens = sequence.num_counted_prompt_tokens
             outputs.append(self._take_token(sibling, token))
             if outputs[-1].finish_reason is None:
                 self.scheduler.fork(sequence, sibling)

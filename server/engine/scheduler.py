@@ -71,7 +71,6 @@ class Scheduler:
             self.add(child)
             return
         self.blocks.fork(parent, child)
-        child.num_cached_prompt_tokens = parent.num_cached_prompt_tokens
         child.place(parent.num_computed_tokens, self.max_window)
         self._run(child)
 

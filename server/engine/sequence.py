@@ -54,6 +54,8 @@ class Sequence:
     """How wide its refinement windows are; None until it is placed."""
     siblings: list[Sequence] = field(default_factory=list)
     """Held samples of the same request that fork from this one once the prompt is read."""
+    num_counted_prompt_tokens: int = 0
+    """Prompt tokens that statistics know of; unlike num_computed_tokens it survives a preemption, so that none counts twice."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     first_scheduled: float | None = None

@@ -323,3 +323,8 @@ def test_a_reader_finds_what_a_dead_writer_left(checkpoint: Path) -> None:
 def test_the_helpers_vocabulary_is_the_one_in_the_messages() -> None:
     assert len(MERGES) == 19
     assert tiny_config().vocab_size == 280
+
+
+def test_other_users_may_read_what_the_umask_lets_them(checkpoint: Path) -> None:
+    modes = {path.stat().st_mode for path in checkpoint.iterdir()}
+    assert len(modes) == 1, "a server that runs as another user reads every file or none"

@@ -13,7 +13,7 @@ from lrt_core.config import ModelConfig, RecurrenceConfig
 from lrt_core.kv import CausalKV, DenseKV
 from lrt_core.memory import shift
 from lrt_core.model import LatentRecurrentTransformer, make_rope, norm
-from tests.helpers import VARIANTS, tiny_config, tiny_model
+from tests.helpers import VARIANTS, random_ids, tiny_config, tiny_model
 
 NUM_TOKENS = 40
 """Beyond the short window of tiny_config (32)."""
@@ -99,11 +99,6 @@ class Reference:
             embedding = self._weight(i, "attention.value_embedding")[token]
             value = value + gates[-1] * embedding.view_as(value)
         return key, value
-
-
-def random_ids(num_tokens: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, tiny_config().vocab_size, (num_tokens,), generator=generator).tolist()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -9,7 +9,7 @@ import torch
 
 from lrt_core.generate import read
 from lrt_core.refine import num_settled, refine, relative_change
-from tests.helpers import VARIANTS, tiny_config, tiny_model
+from tests.helpers import VARIANTS, contracting_model, tiny_config, tiny_model
 
 NAN, INF = math.nan, math.inf
 LENGTH = 24
@@ -79,7 +79,7 @@ def test_leading_positions_are_exact_after_each_pass(num_passes: int) -> None:
 @pytest.mark.parametrize("tolerance", [1e-1, 1e-3, 1e-5])
 @pytest.mark.parametrize("variant", RECURRENT)
 def test_stops_at_its_tolerance(variant: str, tolerance: float) -> None:
-    model = contracting(variant)
+    model = contracting_model(variant)
     tokens = random_tokens()
     refined = refine(model, tokens, tolerance)
     assert refined.residuals[-1] <= tolerance
@@ -88,18 +88,8 @@ def test_stops_at_its_tolerance(variant: str, tolerance: float) -> None:
     assert float(error.max()) <= max(2 * tolerance, 1e-5)
 
 
-def contracting(variant: str) -> torch.nn.Module:
-    """Weights whose recurrence is weak, as a trained one is."""
-    model = tiny_model(tiny_config(**VARIANTS[variant]))
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "memory" in name:
-                weight.mul_(0.2)
-    return model
-
-
 def test_contracting_weights_need_few_passes() -> None:
-    assert len(refine(contracting("layerwise"), random_tokens(), 1e-3).residuals) < LENGTH / 2
+    assert len(refine(contracting_model("layerwise"), random_tokens(), 1e-3).residuals) < LENGTH / 2
 
 
 @pytest.mark.parametrize("variant", ["plain", "plain-bare"])
@@ -120,7 +110,7 @@ def test_one_token_takes_one_pass() -> None:
 
 
 def test_a_batch_stops_when_its_slowest_row_has() -> None:
-    model = contracting("layerwise")
+    model = contracting_model("layerwise")
     tokens = random_tokens(batch_size=3)
     together = refine(model, tokens, 1e-4)
     alone = [refine(model, row.unsqueeze(0), 1e-4) for row in tokens]
@@ -128,7 +118,7 @@ def test_a_batch_stops_when_its_slowest_row_has() -> None:
 
 
 def test_heads_of_the_last_pass_come_along() -> None:
-    model = contracting("layerwise")
+    model = contracting_model("layerwise")
     refined = refine(model, random_tokens(), 1e-6)
     assert len(refined.heads) == model.config.num_layers
     assert refined.heads[0].key.shape == (1, LENGTH, 2, 8)

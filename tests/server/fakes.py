@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.helpers import tiny_config, tiny_tokenizer
 MAX_MODEL_LEN = 64
 NAME = "tiny"
 
-Step = Delta | Exception | asyncio.Event
+Step = Delta | Exception | threading.Event
 Script = Callable[[GenerationRequest], Iterable[Step]]
 
 
@@ -55,7 +56,7 @@ def prompt_entries(request: GenerationRequest) -> list[TokenLogprob]:
 
 
 class FakeStream:
-    """Plays a script; an Event in it is waited for, an exception raised."""
+    """Plays a script: an exception in it is raised, an event waited for (any thread may set it)."""
 
     def __init__(self, engine: FakeEngine, steps: Iterable[Step]) -> None:
         self._engine, self._steps = engine, iter(steps)
@@ -67,16 +68,21 @@ class FakeStream:
     async def __anext__(self) -> Delta:
         await asyncio.sleep(0)
         for step in self._steps:
-            if isinstance(step, asyncio.Event):
-                await step.wait()
-                if self._engine.is_aborting:
-                    return Delta(0, finish_reason="abort")
+            if isinstance(step, threading.Event):
+                while not step.is_set():
+                    if self._engine.is_aborting:
+                        return self._abort()
+                    await asyncio.sleep(0.002)
                 continue
             if isinstance(step, Exception):
                 raise step
             return step
         self._engine.running.discard(self)
         raise StopAsyncIteration
+
+    def _abort(self) -> Delta:
+        self._steps = iter(())
+        return Delta(0, finish_reason="abort")
 
     async def aclose(self) -> None:
         self.is_closed = True

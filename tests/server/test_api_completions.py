@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -176,7 +177,7 @@ def test_failure_in_a_stream_is_an_event() -> None:
 
 
 def test_one_failing_prompt_ends_the_others() -> None:
-    never = asyncio.Event()
+    never = threading.Event()
     engine = FakeEngine(lambda request: failing(request) if request.prompt_ids == (1,) else [never])
     assert_envelope(complete(engine, prompt=[[1], [2]]), 500, "internal_error")
     assert all(stream.is_closed for stream in engine.streams)
@@ -186,7 +187,7 @@ def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(completions, "KEEP_ALIVE_SECONDS", 0.01)
 
     async def run() -> list[bytes]:
-        go = asyncio.Event()
+        go = threading.Event()
         engine = FakeEngine(lambda _request: [Delta(0, "a", [1]), go, Delta(0, "b", [2], finish_reason="length")])
         client = Client(engine, stream=True)
         while client.body.count(b": keep-alive\n\n") < 2:
@@ -228,7 +229,7 @@ class Client:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_aborts_its_requests(stream: bool) -> None:
     async def run() -> None:
-        engine = FakeEngine(lambda _request: [Delta(0, "a", [1]), asyncio.Event()])
+        engine = FakeEngine(lambda _request: [Delta(0, "a", [1]), threading.Event()])
         client = Client(engine, stream=stream, prompt=[[1], [2]])
         while engine.num_in_flight < 2 or (stream and client.body.count(b"data: ") < 2):
             await asyncio.sleep(0.001)
@@ -244,7 +245,7 @@ def test_a_client_that_leaves_aborts_its_requests(stream: bool) -> None:
 
 def test_a_cancelled_stream_aborts_its_requests() -> None:
     async def run() -> None:
-        engine = FakeEngine(lambda _request: [asyncio.Event()])
+        engine = FakeEngine(lambda _request: [threading.Event()])
         client = Client(engine, stream=True)
         while not engine.streams:
             await asyncio.sleep(0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 
+from lrt_core.tokenizer import TokenizerError
+from server.api import prompts
 from server.api.schemas import MAX_CHOICES, NOT_BUILT, parse_completion
 from tests.helpers import TINY_VOCAB_SIZE
 from tests.server.fakes import MAX_MODEL_LEN, NAME, FakeEngine, assert_envelope, complete
@@ -166,6 +169,32 @@ def test_hopelessly_long_text_is_refused_before_it_is_tokenised(monkeypatch: pyt
     monkeypatch.setattr(engine.tokenizer, "encode", lambda *_: pytest.fail("the text was tokenised"))
     response = complete(engine, prompt="a" * 5000)
     assert "at least" in assert_envelope(response, 400, "context_length_exceeded", "prompt")
+
+
+def test_much_text_is_tokenised_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+    threads = set()
+
+    def encode(text: str) -> list[int]:
+        threads.add(threading.current_thread())
+        return [1] * 5
+
+    monkeypatch.setattr(engine.tokenizer, "encode", encode)
+    monkeypatch.setattr(prompts, "THREAD_CHARACTERS", 600)
+    assert complete(engine, prompt=["a" * 60] * 10).status_code == 200
+    assert threads == {threading.main_thread()}
+    assert complete(engine, prompt=["a" * 60] * 11).status_code == 200
+    assert len(threads) == 2
+
+
+def test_text_that_the_tokenizer_gives_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+
+    def give_up(_text: str) -> list[int]:
+        raise TokenizerError("too long a run")
+
+    monkeypatch.setattr(engine.tokenizer, "encode", give_up)
+    assert "too long a run" in assert_envelope(complete(engine), 400, INVALID, "prompt")
 
 
 def test_empty_text_is_a_lone_bos_where_the_tokenizer_adds_one() -> None:

@@ -1,0 +1,126 @@
+"""From a checkpoint directory to an engine that serves it, and the numbers that machine and model decide."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lrt_core.checkpoint import CheckpointError, load_model, save_checkpoint
+from lrt_core.paged import PagedPool
+from server.engine import loader
+from server.engine.loader import LoadError, LoadOptions, fingerprint, load_engine, resolve
+from tests.engines import oracle, request
+from tests.helpers import tiny_config, tiny_model, tiny_tokenizer
+
+CONFIG = tiny_config()
+FLOAT32_SLOT = PagedPool.bytes_per_slot(CONFIG, torch.float32)
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Free bytes of a made-up machine: plenty unless changed."""
+    machine = {"free": 2**40}
+    monkeypatch.setattr(loader, "available_memory", lambda device: machine["free"])
+    return machine
+
+
+def options(**values: Any) -> LoadOptions:
+    return LoadOptions(Path("unused"), **values)
+
+
+def test_an_engine_from_a_checkpoint_says_what_the_oracle_says(checkpoint: Path) -> None:
+    async def serve() -> list[int]:
+        engine = load_engine(LoadOptions(checkpoint, dtype="float32", max_num_seqs=2, check_invariants=True))
+        await engine.start()
+        ids = [token async for delta in engine.admit(item) for token in delta.token_ids]
+        await engine.stop()
+        return ids
+
+    item = request([1, 2, 3], 10)
+    assert asyncio.run(serve()) == oracle(load_model(checkpoint), item, tiny_tokenizer().eos_ids)
+
+
+def test_ends_are_the_generation_configs(checkpoint: Path) -> None:
+    engine = load_engine(LoadOptions(checkpoint, dtype="float32"))
+    assert engine.engine.eos_ids == tiny_tokenizer().eos_ids
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_type_follows_the_machine(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(loader, "has_fast_bf16", lambda device: fast)
+    runner = load_engine(LoadOptions(checkpoint)).engine.runner
+    assert runner.model.dtype == runner.pool.keys.dtype == expected
+    assert runner.config.tolerance == (4e-3 if fast else 1e-5)
+    assert load_engine(LoadOptions(checkpoint, dtype="float32")).engine.runner.model.dtype == torch.float32
+
+
+def test_defaults(memory: dict[str, int]) -> None:
+    config = resolve(options(), CONFIG, torch.float32)
+    assert config.max_model_len == CONFIG.sequence_len == 64
+    assert config.num_blocks == 64 * 64 // 16, "64 sequences of full length"
+    assert (config.window, config.prefill, config.tolerance) == (128, "window", 1e-5)
+
+
+def test_a_window_is_no_larger_than_a_step(memory: dict[str, int]) -> None:
+    assert resolve(options(max_num_batched_tokens=80), CONFIG, torch.float32).window == 80
+
+
+def test_a_share_of_free_memory_bounds_the_cache(memory: dict[str, int]) -> None:
+    memory["free"] = 1000 * FLOAT32_SLOT
+    assert resolve(options(), CONFIG, torch.float32).num_blocks == 400 // 16
+
+
+def test_a_given_cache_is_taken_as_given(memory: dict[str, int]) -> None:
+    memory["free"] = 0
+    config = resolve(options(kv_cache_memory=1000 * FLOAT32_SLOT, block_size=8), CONFIG, torch.float32)
+    assert (config.num_blocks, config.block_size) == (125, 8)
+
+
+def test_zero_tolerance_is_not_the_default(memory: dict[str, int]) -> None:
+    assert resolve(options(prefill_tolerance=0.0), CONFIG, torch.bfloat16).tolerance == 0.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kv_cache_memory": 100}, "--kv-cache-memory must hold at least one block"),
+        ({"max_model_len": 10**9}, "lower --max-model-len"),
+        ({"max_num_seqs": 600}, "max_num_batched_tokens"),
+        ({"block_size": 0}, "--block-size"),
+        ({"block_size": -4, "kv_cache_memory": 10**6}, "--block-size"),
+        ({"max_model_len": -1}, "max_model_len"),
+        ({"prefill_tolerance": -1.0}, "tolerance"),
+        ({"prefill_window": 0}, "window"),
+    ],
+)
+def test_numbers_that_make_no_engine(memory: dict[str, int], values: dict[str, Any], message: str) -> None:
+    with pytest.raises(LoadError, match=message):
+        resolve(options(**values), CONFIG, torch.float32)
+
+
+def test_a_device_that_is_not_there(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LoadError, match="no CUDA device"):
+        load_engine(LoadOptions(checkpoint, device="cuda"))
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing"):
+        load_engine(LoadOptions(tmp_path / "nothing"))
+
+
+def test_a_fingerprint_names_the_weights(tmp_path: Path) -> None:
+    model = tiny_model()
+    name = fingerprint(model)
+    assert len(name) == 8
+    assert int(name, 16) >= 0
+    save_checkpoint(tmp_path / "c", model, tiny_tokenizer())
+    assert fingerprint(load_model(tmp_path / "c")) == name
+    assert fingerprint(tiny_model(seed=1)) != name
+    assert fingerprint(model.to(torch.bfloat16)) != name

@@ -1,0 +1,184 @@
+"""Corpora: kinds of files, corrupt records, the split, and which Python files count as written by hand."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from training.data import Corpus, DataError, Document, _pieces, load_corpus, python_sources
+
+CODE = "def add(first, second):\n    '''The sum of two numbers.'''\n    return first + second\n\n\n" * 5
+
+
+def write_files(folder: Path, count: int) -> None:
+    for index in range(count):
+        path = folder / f"part{index % 3}" / f"file{index}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"text number {index}\n")
+
+
+def names(documents: list[Document]) -> set[str]:
+    return {document.name for document in documents}
+
+
+def test_folder_of_text(tmp_path: Path) -> None:
+    write_files(tmp_path, 40)
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    corpus = load_corpus([str(tmp_path)], 0.2)
+    assert len(corpus.train) + len(corpus.validation) == 40
+    assert 2 <= len(corpus.validation) <= 16
+    assert "part0/file0.txt#0" in names(corpus.train) | names(corpus.validation)
+
+
+def test_split_depends_on_relative_names_alone(tmp_path: Path) -> None:
+    """The same files elsewhere, with others beside them, stay on their sides."""
+    write_files(tmp_path / "here", 30)
+    write_files(tmp_path / "there" / "deeper", 45)
+    small = load_corpus([str(tmp_path / "here")], 0.2)
+    large = load_corpus([str(tmp_path / "there" / "deeper")], 0.2)
+    assert names(small.train) <= names(large.train)
+    assert names(small.validation) <= names(large.validation)
+    assert not names(large.train) & names(large.validation)
+
+
+def test_both_sides_get_something(tmp_path: Path) -> None:
+    write_files(tmp_path, 2)
+    for fraction in (0.0001, 0.9999):
+        corpus = load_corpus([str(tmp_path)], fraction)
+        assert len(corpus.train) == len(corpus.validation) == 1
+
+
+def test_equal_texts_count_once(tmp_path: Path) -> None:
+    for index in range(5):
+        (tmp_path / f"{index}.txt").write_text("same" if index else "other")
+    corpus = load_corpus([str(tmp_path)], 0.5)
+    assert len(corpus.train) + len(corpus.validation) == 2
+
+
+def test_one_document_is_too_few(tmp_path: Path) -> None:
+    (tmp_path / "only.txt").write_text("text")
+    with pytest.raises(DataError, match="two different documents, got 1"):
+        load_corpus([str(tmp_path)], 0.5)
+
+
+def test_long_text_is_cut_at_blank_lines() -> None:
+    paragraphs = [f"{index} " * 1000 for index in range(30)]
+    pieces = list(_pieces("\n\n".join(paragraphs)))
+    assert len(pieces) > 2
+    assert "\n\n".join(pieces).split("\n\n") == paragraphs
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_records(tmp_path: Path, suffix: str) -> None:
+    lines = [json.dumps({"text": f"record {index}", "source": "test"}) for index in range(20)]
+    data = "\n".join([*lines[:10], "", *lines[10:]]).encode()
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+    corpus = load_corpus([str(path)], 0.3)
+    assert {document.text for document in corpus.train + corpus.validation} == {f"record {index}" for index in range(20)}
+    assert corpus.skipped == []
+
+
+def test_corrupt_records_are_skipped_and_named(tmp_path: Path) -> None:
+    good = [json.dumps({"text": f"record {index}"}).encode() for index in range(5)]
+    bad = [
+        b'{"text": "cut',
+        b'{"text": 3}',
+        b'["text"]',
+        b'{"body": "x"}',
+        b"\xff\xfe",
+        b'{"text": "\\ud800"}',
+        b'{"text": ""}',
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\n".join([*bad, *good]))
+    corpus = load_corpus([str(path)], 0.3)
+    assert len(corpus.train) + len(corpus.validation) == 5
+    assert len(corpus.skipped) == len(bad)
+    for number, message in enumerate(corpus.skipped, start=1):
+        assert message.startswith(f"{path}: line {number}: ")
+
+
+def test_a_file_without_any_record_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("no json\n")
+    with pytest.raises(DataError, match=r"data\.jsonl: no line is a JSON object"):
+        load_corpus([str(path)], 0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("data.jsonl.gz", b"not gzip", "cannot be read"),
+        ("data.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-12], "cannot be read"),
+        ("data.parquet", b"PAR1", "unknown kind of file"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}: {message}"):
+        load_corpus([str(path)], 0.3)
+
+
+def test_missing_and_empty_sources(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        load_corpus([str(tmp_path / "nowhere")], 0.3)
+    with pytest.raises(DataError, match="no text in any"):
+        load_corpus([str(tmp_path)], 0.3)
+
+
+def test_fingerprint_sees_every_change() -> None:
+    first = Document("a", "text")
+    corpora = [
+        Corpus([first]),
+        Corpus([], [first]),
+        Corpus([first, Document("b", "text")]),
+        Corpus([Document("b", "text")]),
+        Corpus([Document("a", "texts")]),
+    ]
+    assert len({corpus.fingerprint() for corpus in corpora}) == len(corpora)
+    assert Corpus([first]).fingerprint() == Corpus([Document("a", "text")]).fingerprint()
+
+
+def write_source(root: Path, name: str, text: str | bytes) -> None:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+
+
+def test_python_sources_keep_what_people_wrote(tmp_path: Path) -> None:
+    library, packages = tmp_path / "lib", tmp_path / "lib" / "site-packages"
+    write_source(library, "json/tool.py", CODE)
+    write_source(library, "json/data.txt", CODE)
+    write_source(packages, "numbers/core.py", CODE + "# core\n")
+    left_out = {
+        "numbers/short.py": "import os\n",
+        "numbers/huge.py": CODE * 500,
+        "numbers/table.py": "TABLE = [\n" + "    1234567, 1234567, 1234567,\n" * 40 + "]\n",
+        "numbers/minified.py": CODE + "x = '" + "a" * 400 + "'\n",
+        "numbers/foreign.py": CODE + "# жжжжжжжжжжжжжж\n" * 4,
+        "numbers/made.py": "# This file was automatically generated.\n" + CODE,
+        "numbers/tests/core.py": CODE,
+        "numbers/test_core.py": CODE,
+        "numbers/latin.py": CODE.encode() + b"# \xe9\n",
+    }
+    for name, text in left_out.items():
+        write_source(packages, name, text)
+    found = python_sources([library, packages])
+    assert {document.name: document.text for document in found} == {
+        "json/tool.py": CODE,
+        "numbers/core.py": CODE + "# core\n",
+    }
+
+
+def test_a_package_installed_twice_counts_once(tmp_path: Path) -> None:
+    """Two versions of one module in two places have one name, so that they cannot land on both sides of the split."""
+    write_source(tmp_path / "one", "numbers/core.py", CODE + "# version 1\n")
+    write_source(tmp_path / "two", "numbers/core.py", CODE + "# version 2\n")
+    found = python_sources([tmp_path / "one", tmp_path / "two"])
+    assert [(document.name, document.text) for document in found] == [("numbers/core.py", CODE + "# version 2\n")]

@@ -1,0 +1,129 @@
+"""`lrt-train` end to end: data to a loadable checkpoint, interruption, resuming, and errors that help."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from lrt_core.checkpoint import load_config, load_model, load_tokenizer
+from lrt_core.generate import read
+from training.__main__ import main
+from training.trainer import StepResult, Trainer
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for index in range(20):
+        (folder / f"{index}.py").write_text(f"def function_{index}(value):\n    return value * {index}\n" * 30)
+    return folder
+
+
+def train(data: Path, *arguments: str) -> int:
+    return main(["--preset", "tiny", "--data", str(data), "--steps", "6", "--device", "cpu", *arguments])
+
+
+def test_tiny_preset_makes_a_loadable_checkpoint(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(data, "--run", str(tmp_path / "run")) == 0
+    folder = tmp_path / "run" / "checkpoint"
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    assert model.config.vocab_size == tokenizer.vocab_size <= 384
+    assert read(model.float(), tokenizer.encode("def ")).logits.isfinite().all()
+    assert "sequential bpb" in capsys.readouterr().out
+    assert "lrt-train --preset tiny --data" in (folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_python_sources(tmp_path: Path) -> None:
+    """The corpus that is everywhere, read from the interpreter that runs this test."""
+    assert main(["--preset", "tiny", "--steps", "3", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert "The model writes\nPython" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_baseline_switches_the_recurrence_off(data: Path, tmp_path: Path) -> None:
+    assert train(data, "--run", str(tmp_path / "run"), "--schedule", "baseline", "--out", str(tmp_path / "out")) == 0
+    assert load_config(tmp_path / "out").recurrence is None
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_settings_reach_the_run_and_the_card(data: Path, tmp_path: Path) -> None:
+    settings = ["--num-subsets", "4", "--kv-refresh", "--seed", "5", "--batch-size", "3", "--time-budget", "3600"]
+    assert train(data, "--run", str(tmp_path / "run"), *settings, "--precision", "float32") == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    wanted = {"num_subsets": 4, "kv_refresh": True, "seed": 5, "batch_size": 3, "time_budget": 3600.0, "num_steps": 6}
+    assert wanted.items() <= config.items()
+    card = (tmp_path / "run" / "checkpoint" / "README.md").read_text()
+    assert "--num-subsets 4 --kv-refresh --steps 6 --time-budget 3600 --batch-size 3 --seed 5" in card
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Trainer.step
+
+    def interrupted_in_the_second(trainer: Trainer) -> StepResult:
+        if trainer.num_steps_done == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer)
+
+    handler = signal.getsignal(signal.SIGINT)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", interrupted_in_the_second)
+        assert train(data, "--run", str(run)) == 130
+    assert f"stopped at step 2; go on with: lrt-train --resume {run}" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not (run / "checkpoint").exists()
+    assert main(["--resume", str(run)]) == 0
+    assert (run / "checkpoint" / "config.json").exists()
+
+
+def test_finish_writes_the_saved_state_without_training_on(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(data, "--run", str(run)) == 0
+    log = (run / "log.jsonl").read_text()
+    assert main(["--resume", str(run), "--finish", "--out", str(tmp_path / "again")]) == 0
+    assert (run / "log.jsonl").read_text() == log
+    first, second = (folder / "model.safetensors" for folder in (run / "checkpoint", tmp_path / "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_resuming_with_other_data_warns(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(data, "--run", str(tmp_path / "run")) == 0
+    (data / "0.py").write_text("other\n")
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert "the data changed" in capsys.readouterr().err
+
+
+def test_skipped_records_are_reported(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "records.jsonl").write_text('{"text": "good"}\nbad\n')
+    assert train(data, "--run", str(tmp_path / "run")) == 0
+    assert "skipped 1 corrupt record(s), the first: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "nowhere: no such file or folder"),
+        (["--steps", "0"], "num_steps must be an integer of at least 1"),
+        (["--finish"], "--finish needs --resume RUN"),
+        (["--resume", "nowhere"], "config.json: file not found"),
+        (["--resume", "nowhere", "--batch-size", "3"], "--batch-size cannot be given"),
+        (["--device", "abacus"], "--device abacus: no such kind of device"),
+    ],
+)
+def test_errors(arguments: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = arguments if "--resume" in arguments else ["--data", str(data), "--run", str(tmp_path / "run"), *arguments]
+    assert main(["--preset", "tiny", *given]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_existing_run_is_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(data, "--run", str(tmp_path / "run")) == 0
+    assert train(data, "--run", str(tmp_path / "run")) == 1
+    assert "holds a run already; resume it or choose another folder" in capsys.readouterr().err

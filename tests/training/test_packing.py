@@ -1,0 +1,102 @@
+"""Rows from documents: nothing lost, nothing twice, lanes apart, and a position that resumes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.helpers import tiny_tokenizer
+from training.data import Document
+from training.packing import Packer, Position, evaluation_rows
+
+TOKENIZER = tiny_tokenizer()
+BOS = TOKENIZER.special_tokens["<|bos|>"]
+
+
+def make_documents(lengths: list[int]) -> list[Document]:
+    """Documents of single-byte tokens, each of one byte value alone."""
+    return [Document(str(index), chr(ord("!") + index) * length) for index, length in enumerate(lengths)]
+
+
+def make_packer(lengths: list[int], batch_size: int = 2, sequence_len: int = 4, seed: int = 0) -> Packer:
+    return Packer(make_documents(lengths), TOKENIZER, sequence_len, batch_size, seed)
+
+
+def test_targets_follow_tokens_and_rows_open_with_bos() -> None:
+    packer = make_packer([3, 9, 5])
+    for _ in range(10):
+        tokens, targets = packer.batch()
+        assert tokens.shape == targets.shape == (2, 4)
+        assert torch.equal(tokens[:, 1:], targets[:, :-1])
+        assert tokens[:, 0].tolist() == [BOS, BOS]
+        assert not ((tokens[:, :-1] == BOS) & (tokens[:, 1:] == BOS)).any()
+
+
+def test_every_token_is_a_target_once_an_epoch() -> None:
+    """One lane, so that the epoch's end is a definite place."""
+    lengths = [3, 9, 5, 7, 1, 12]
+    packer = make_packer(lengths, batch_size=1)
+    counts: Counter[int] = Counter()
+    while packer.position.epoch < 3:
+        counts.update(packer.batch()[1].flatten().tolist())
+    for index, length in enumerate(lengths):
+        epochs = counts[TOKENIZER.encode(chr(ord("!") + index), add_bos=False)[0]] / length
+        assert 2 <= epochs <= 4, index
+
+
+def test_rows_of_a_batch_come_from_different_documents() -> None:
+    tokens, _ = make_packer([100] * 4, batch_size=4).batch()
+    assert len({row[1] for row in tokens.tolist()}) == 4
+
+
+def test_order_depends_on_the_seed_and_the_epoch() -> None:
+    def order(seed: int) -> list[int]:
+        packer = make_packer([4] * 8, batch_size=1, seed=seed)
+        return [int(packer.batch()[1][0, 0]) for _ in range(16)]
+
+    assert order(0) == order(0) != order(1)
+    assert set(order(0)[:8]) == set(order(0)[8:])
+    assert order(0)[:8] != order(0)[8:]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 17])
+def test_position_resumes_exactly(steps: int) -> None:
+    packer = make_packer([3, 9, 5, 30], batch_size=3)
+    for _ in range(steps):
+        packer.batch()
+    resumed = make_packer([3, 9, 5, 30], batch_size=3)
+    resumed.position = Position.from_dict(json.loads(json.dumps(packer.position.to_dict())))
+    for _ in range(12):
+        for one, other in zip(packer.batch(), resumed.batch(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_more_lanes_than_documents() -> None:
+    tokens, _ = make_packer([2], batch_size=3, sequence_len=6).batch()
+    assert tokens.shape == (3, 6)
+
+
+def test_no_documents() -> None:
+    with pytest.raises(ValueError, match="no document"):
+        Packer([], TOKENIZER, 4, 2, 0)
+
+
+def test_evaluation_rows_spread_over_documents_and_places() -> None:
+    documents = [Document(str(index), "abcdefghijkl"[index:] * 40) for index in range(3)]
+    rows = evaluation_rows(documents, TOKENIZER, 8, 5)
+    assert rows.shape == (5, 9)
+    assert rows[:, 0].tolist() == [BOS] * 5
+    streams = [TOKENIZER.encode(document.text, add_bos=False) for document in documents]
+    for visit in range(5):
+        index, place = visit % 3, visit % 3 + visit // 3
+        assert rows[visit, 1:].tolist() == streams[index][8 * place : 8 * place + 8]
+
+
+def test_evaluation_rows_take_what_there_is() -> None:
+    documents = make_documents([3, 9])
+    assert evaluation_rows(documents, TOKENIZER, 4, 64).shape == (2, 5)
+    with pytest.raises(ValueError, match="no validation document has a full row of 10 tokens"):
+        evaluation_rows(documents, TOKENIZER, 10, 64)
