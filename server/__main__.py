@@ -200,6 +200,8 @@ def _load_options(settings: ServerConfig, checkpoint: Path) -> LoadOptions:
         prefill=settings.prefill,
         prefill_window=settings.prefill_window,
         prefill_tolerance=settings.prefill_tolerance,
+        prefix_caching=not settings.no_prefix_caching,
+        check_invariants=settings.check_invariants,
     )
 
 

@@ -41,6 +41,8 @@ class ServerConfig:
     prefill: Literal["window", "sequential"] = "window"
     prefill_window: int = 128
     prefill_tolerance: float | None = None
+    no_prefix_caching: bool = False
+    check_invariants: bool = False
     max_body_size: int = 16 * 2**20
     shutdown_timeout: float = 60.0
     lenient: bool = False
@@ -194,6 +196,8 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         metavar="X",
         help="relative change below which a memory counts as settled (default 1e-5 in float32, 4e-3 in bfloat16)",
     )
+    add("--no-prefix-caching", action="store_true", help="compute every prompt anew instead of reusing common beginnings")
+    add("--check-invariants", action="store_true", help="verify the cache's books after every step; a failure stops the engine")
 
 
 def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> ServerConfig:
