@@ -55,11 +55,12 @@ def product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     bias = torch.zeros(q.shape[1], k.shape[1], dtype=dtype, device=q.device)
     if mask is not None:
         bias = bias.masked_fill(~mask, float("-inf"))
-    queries = q.to(dtype).unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)
+    queries = torch.unflatten(q.to(dtype), 2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)
     keys = k.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)
     values = v.to(dtype).transpose(1, 2).flatten(0, 1)
     out: Tensor = _ProductAttention.apply(queries, keys, values, bias.repeat(group, 1))  # type: ignore[no-untyped-call]
-    return out.unflatten(0, k.shape[::2]).unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    heads = torch.unflatten(torch.unflatten(out, 0, k.shape[::2]), 2, (group, -1))
+    return heads.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 class _ProductAttention(torch.autograd.Function):

@@ -21,7 +21,7 @@ from training.data import Corpus, load_corpus
 from training.finish import finish
 from training.state import CHECKPOINT_FOLDER
 from training.tokenizer import train_tokenizer
-from training.trainer import Trainer, load_run_config
+from training.trainer import Trainer, check_is_new, load_run_config, uses_bfloat16
 
 EXIT_INTERRUPTED = 130
 
@@ -70,6 +70,7 @@ _SETTINGS = ("data", "schedule", "num_subsets", "kv_refresh", "num_steps", "time
 def _train(options: argparse.Namespace) -> int:
     trainer = _resumed(options) if options.resume is not None else _created(options)
     run = trainer.run_folder
+    print(_summary(trainer), file=sys.stderr)
     if not options.finish:
         with _stopping_on_signals(trainer):
             finished = trainer.run()
@@ -83,16 +84,26 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _summary(trainer: Trainer) -> str:
+    size = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
+    precision = "bfloat16" if uses_bfloat16(trainer.config.precision, trainer.device) else "float32"
+    return (
+        f"{trainer.run_folder}: {size:.1f}M parameters, schedule {trainer.config.schedule}, {precision} on {trainer.device}; "
+        f"{len(trainer.corpus.train):,} pieces to train on, {len(trainer.corpus.validation):,} documents to validate on"
+    )
+
+
 def _created(options: argparse.Namespace) -> Trainer:
     if options.finish:
         raise ValueError("--finish needs --resume RUN")
     config = _configured(PRESETS[options.preset], options)
+    run = options.run or Path("runs") / options.preset
+    check_is_new(run)
     corpus = _load(config)
     order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(config.seed)).tolist()
     texts = (corpus.train[index].text for index in order)
     tokenizer = train_tokenizer(texts, config.model.vocab_size, config.tokenizer_bytes)
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
-    run = options.run or Path("runs") / options.preset
     return Trainer.create(config, run, corpus, tokenizer, _command(options), _device(options.device))
 
 

@@ -80,8 +80,7 @@ class Trainer:
         device: torch.device | None = None,
     ) -> Trainer:
         """A new run in an empty or new folder; command: what started it. StateError when a run lies there already."""
-        if (run / STATE_FILE).exists():
-            raise StateError(f"{run}: holds a run already; resume it or choose another folder")
+        check_is_new(run)
         (run / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
         tokenizer.save(run / TOKENIZER_FOLDER)
         write_json(run / CONFIG_FILE, config.to_dict())
@@ -202,6 +201,12 @@ class Trainer:
             self.save()
 
 
+def check_is_new(run: Path) -> None:
+    """StateError when a saved run lies in the folder."""
+    if (run / STATE_FILE).exists():
+        raise StateError(f"{run}: holds a run already; resume it or choose another folder")
+
+
 def load_run_config(run: Path) -> TrainingConfig:
     """The configuration stored in a run's folder."""
     return TrainingConfig.from_dict(read_json(run / CONFIG_FILE))
@@ -213,4 +218,5 @@ def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
         return precision == "bfloat16"
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

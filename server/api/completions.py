@@ -47,7 +47,7 @@ class Completion:
             "id": self.id,
             "object": "text_completion",
             "created": int(time.time()),
-            "model": fields.model,
+            "model": fields.model or service.model_names[0],
             "system_fingerprint": service.fingerprint,
         }
         self._writers = [
@@ -122,7 +122,8 @@ def add_completions(app: FastAPI, service: Service) -> None:
         """Complete one or several prompts."""
         data = await read_object(request, service.max_body_size)
         fields, dropped = parse_completion(data, service.lenient)
-        service.check_model(fields.model)
+        if fields.model is not None:
+            service.check_model(fields.model)
         completion = Completion(service, fields, await reader.read(fields.prompt, fields.max_tokens))
         headers = _warning(dropped)
         streams = await _admit(service, completion.requests())

@@ -91,10 +91,10 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """A valid body of POST /v1/completions; defaults are OpenAI's."""
+    """A valid body of POST /v1/completions; defaults are OpenAI's. Without `model` the one served answers."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
-    model: Text
+    model: Text | None = None
     prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0)] = 16
     temperature: Annotated[float, Field(ge=0)] = 1.0

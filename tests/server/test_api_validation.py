@@ -100,13 +100,18 @@ def test_null_counts_as_absent() -> None:
     nulls = {name: None for name in ("best_of", "suffix", "max_tokens", "stop", "temperature", "surprise")}
     assert complete(engine, stream=True, stream_options=options, **nulls).status_code == 200
     assert engine.requests[0].stopping.max_tokens == 16
-    assert_envelope(complete(engine, model=None), 400, INVALID, "model")
+    assert_envelope(complete(engine, prompt=None), 400, INVALID, "prompt")
 
 
-@pytest.mark.parametrize("field", ["model", "prompt"])
-def test_missing_field_is_named(field: str) -> None:
-    with pytest.raises(Exception, match=f"'{field}' is required"):
-        parse_completion({name: "x" for name in ("model", "prompt") if name != field})
+def test_without_a_model_the_served_one_answers() -> None:
+    named, unnamed = complete(FakeEngine()), complete(FakeEngine(), model=None)
+    assert unnamed.status_code == 200
+    assert unnamed.json()["model"] == named.json()["model"]
+
+
+def test_missing_prompt_is_named() -> None:
+    with pytest.raises(Exception, match="'prompt' is required"):
+        parse_completion({"model": "x"})
 
 
 @pytest.mark.parametrize("field", ["stream_options.surprise", "surprise"])

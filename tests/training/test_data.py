@@ -13,6 +13,11 @@ from training.data import Corpus, DataError, Document, _pieces, load_corpus, pyt
 CODE = "def add(first, second):\n    '''The sum of two numbers.'''\n    return first + second\n\n\n" * 5
 
 
+def whole(name: str) -> str:
+    """The document that a training piece was cut from."""
+    return name.partition("@")[0]
+
+
 def write_files(folder: Path, count: int) -> None:
     for index in range(count):
         path = folder / f"part{index % 3}" / f"file{index}.txt"
@@ -21,13 +26,13 @@ def write_files(folder: Path, count: int) -> None:
 
 
 def names(documents: list[Document]) -> set[str]:
-    return {document.name for document in documents}
+    return {whole(document.name) for document in documents}
 
 
 def test_folder_of_text(tmp_path: Path) -> None:
     write_files(tmp_path, 40)
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
-    corpus = load_corpus([str(tmp_path)], 0.2)
+    corpus = load_corpus([str(tmp_path)], 0.2, 4096)
     assert len(corpus.train) + len(corpus.validation) == 40
     assert 2 <= len(corpus.validation) <= 16
     assert "part0/file0.txt#0" in names(corpus.train) | names(corpus.validation)
@@ -37,36 +42,51 @@ def test_split_depends_on_relative_names_alone(tmp_path: Path) -> None:
     """The same files elsewhere, with others beside them, stay on their sides."""
     write_files(tmp_path / "here", 30)
     write_files(tmp_path / "there" / "deeper", 45)
-    small = load_corpus([str(tmp_path / "here")], 0.2)
-    large = load_corpus([str(tmp_path / "there" / "deeper")], 0.2)
+    small = load_corpus([str(tmp_path / "here")], 0.2, 4096)
+    large = load_corpus([str(tmp_path / "there" / "deeper")], 0.2, 4096)
     assert names(small.train) <= names(large.train)
     assert names(small.validation) <= names(large.validation)
     assert not names(large.train) & names(large.validation)
 
 
+def test_training_documents_are_cut_after_the_split(tmp_path: Path) -> None:
+    paragraphs = [f"value_{index} = {index}" for index in range(100)]
+    lines = [json.dumps({"text": f"# {index}\n\n" + "\n\n".join(paragraphs)}) for index in range(20)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(lines))
+    corpus = load_corpus([str(path)], 0.3, 200)
+    assert len(names(corpus.train)) + len(corpus.validation) == 20
+    assert not names(corpus.train) & names(corpus.validation)
+    assert all(document.text.endswith(paragraphs[-1]) for document in corpus.validation)
+    assert len(corpus.train) > 5 * len(names(corpus.train))
+    assert all(len(document.text) < 250 for document in corpus.train)
+    first = [document.text for document in corpus.train if whole(document.name) == whole(corpus.train[0].name)]
+    assert "\n\n".join(first).split("\n\n")[1:] == paragraphs
+
+
 def test_both_sides_get_something(tmp_path: Path) -> None:
     write_files(tmp_path, 2)
     for fraction in (0.0001, 0.9999):
-        corpus = load_corpus([str(tmp_path)], fraction)
+        corpus = load_corpus([str(tmp_path)], fraction, 4096)
         assert len(corpus.train) == len(corpus.validation) == 1
 
 
 def test_equal_texts_count_once(tmp_path: Path) -> None:
     for index in range(5):
         (tmp_path / f"{index}.txt").write_text("same" if index else "other")
-    corpus = load_corpus([str(tmp_path)], 0.5)
+    corpus = load_corpus([str(tmp_path)], 0.5, 4096)
     assert len(corpus.train) + len(corpus.validation) == 2
 
 
 def test_one_document_is_too_few(tmp_path: Path) -> None:
     (tmp_path / "only.txt").write_text("text")
     with pytest.raises(DataError, match="two different documents, got 1"):
-        load_corpus([str(tmp_path)], 0.5)
+        load_corpus([str(tmp_path)], 0.5, 4096)
 
 
 def test_long_text_is_cut_at_blank_lines() -> None:
     paragraphs = [f"{index} " * 1000 for index in range(30)]
-    pieces = list(_pieces("\n\n".join(paragraphs)))
+    pieces = list(_pieces("\n\n".join(paragraphs), 16_384))
     assert len(pieces) > 2
     assert "\n\n".join(pieces).split("\n\n") == paragraphs
 
@@ -77,7 +97,7 @@ def test_records(tmp_path: Path, suffix: str) -> None:
     data = "\n".join([*lines[:10], "", *lines[10:]]).encode()
     path = tmp_path / f"data{suffix}"
     path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
-    corpus = load_corpus([str(path)], 0.3)
+    corpus = load_corpus([str(path)], 0.3, 4096)
     assert {document.text for document in corpus.train + corpus.validation} == {f"record {index}" for index in range(20)}
     assert corpus.skipped == []
 
@@ -95,7 +115,7 @@ def test_corrupt_records_are_skipped_and_named(tmp_path: Path) -> None:
     ]
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\n".join([*bad, *good]))
-    corpus = load_corpus([str(path)], 0.3)
+    corpus = load_corpus([str(path)], 0.3, 4096)
     assert len(corpus.train) + len(corpus.validation) == 5
     assert len(corpus.skipped) == len(bad)
     for number, message in enumerate(corpus.skipped, start=1):
@@ -106,7 +126,7 @@ def test_a_file_without_any_record_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("no json\n")
     with pytest.raises(DataError, match=r"data\.jsonl: no line is a JSON object"):
-        load_corpus([str(path)], 0.3)
+        load_corpus([str(path)], 0.3, 4096)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +142,14 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, m
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"{name}: {message}"):
-        load_corpus([str(path)], 0.3)
+        load_corpus([str(path)], 0.3, 4096)
 
 
 def test_missing_and_empty_sources(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
-        load_corpus([str(tmp_path / "nowhere")], 0.3)
+        load_corpus([str(tmp_path / "nowhere")], 0.3, 4096)
     with pytest.raises(DataError, match="no text in any"):
-        load_corpus([str(tmp_path)], 0.3)
+        load_corpus([str(tmp_path)], 0.3, 4096)
 
 
 def test_fingerprint_sees_every_change() -> None:

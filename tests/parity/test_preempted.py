@@ -1,0 +1,50 @@
+"""A pool too small for its load: sequences are preempted and recomputed, and nobody can tell from the result."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from lrt_core.generate import read
+from server.engine.request import GenerationRequest
+from tests.engines import make_engine, oracle, request, run
+from tests.helpers import VARIANTS, random_ids, tiny_config, tiny_model
+
+
+def mixed_requests(count: int) -> list[GenerationRequest]:
+    """Greedy and sampled, with and without penalties, prompts of 1 to 90 tokens; all want logprobs."""
+    rng = random.Random(1)
+    kinds = [{}, {"temperature": 0.8}, {"temperature": 1.0, "top_k": 20}, {"presence_penalty": 0.5, "repetition_penalty": 1.2}]
+    return [
+        request(
+            random_ids(rng.choice([1, 2, 15, 16, 17, 40, 90]), seed=number),
+            25,
+            logprobs=2,
+            prompt_logprobs=1,
+            seed=number,
+            **kinds[number % len(kinds)],
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("prefill", ["window", "sequential"])
+@pytest.mark.parametrize("variant", ["layerwise", "shared", "upper-middle-source", "plain"])
+def test_tokens_and_logprobs_are_those_of_each_alone(variant: str, prefill: str) -> None:
+    model = tiny_model(tiny_config(**VARIANTS[variant]))
+    engine = make_engine(model, prefill=prefill, max_model_len=120, num_blocks=40, block_size=4)
+    requests = mixed_requests(12)
+    done = run(engine, requests)
+    assert done.total("num_preemptions") > 0
+    assert done.total("num_recomputed_tokens") > 0
+    for item, [outcome] in zip(requests, done.outcomes, strict=True):
+        assert outcome.token_ids == oracle(model, item)
+        whole = [*item.prompt_ids, *outcome.token_ids]
+        logprobs = torch.log_softmax(read(model, whole).logits, -1)
+        expected = [float(logprobs[position, token]) for position, token in enumerate(whole[1:])]
+        assert outcome.prompt_logprobs is not None
+        assert [entry.token_id for entry in outcome.prompt_logprobs] == list(item.prompt_ids)
+        actual = [entry.logprob for entry in (*outcome.prompt_logprobs[1:], *outcome.tokens)]
+        assert actual == pytest.approx(expected, abs=1e-4)
