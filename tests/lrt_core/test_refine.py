@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lrt_core.generate import read
-from lrt_core.refine import num_settled, refine, relative_change
+from lrt_core.refine import refine, relative_change
+from lrt_core.window import num_settled
 from tests.helpers import VARIANTS, contracting_model, tiny_config, tiny_model
 
 NAN, INF = math.nan, math.inf
