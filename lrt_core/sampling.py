@@ -137,7 +137,7 @@ def _filter_sorted(scaled: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     # A token stays while the mass before it is below top_p, so the likeliest always does.
     top_p = _column([row.params.top_p if row.params.top_p < 1 else torch.inf for row in rows], scaled)
     scaled = scaled.masked_fill(probs.cumsum(-1) - probs >= top_p, -torch.inf)
-    probs = torch.softmax(scaled, dim=-1)
+    # min_p is relative to the likeliest, so what top_p dropped changes nothing in it.
     min_p = _column([row.params.min_p for row in rows], scaled)
     return scaled.masked_fill(probs < min_p * probs[:, :1], -torch.inf)
 

@@ -63,6 +63,7 @@ class TrainingConfig:
     num_steps: optimizer steps; time_budget: seconds after which the run is over even with steps left, None for no limit. The
     learning rate follows whichever of the two is nearer its end: it rises over the first `warmup` of the run, stays, and
     falls to zero over the last `warmdown`.
+    prompt_cuts: during the warmdown, the share of words before which text is cut as prompts are (`packing.encode_with_cuts`).
     batch_size: rows of `model.sequence_len` tokens per step. eval_rows: rows of each evaluation. *_every: in steps.
     """
 
@@ -78,6 +79,7 @@ class TrainingConfig:
     batch_size: int = 8
     warmup: float = 0.02
     warmdown: float = 0.4
+    prompt_cuts: float = 0.05
     eval_every: int = 250
     eval_rows: int = 64
     save_every: int = 250
@@ -92,8 +94,8 @@ class TrainingConfig:
             _require(type(value) is int and value >= 1, f"{name} must be an integer of at least 1, got {value!r}")
         for name, allowed in (("schedule", get_args(ScheduleName)), ("precision", get_args(Precision))):
             _require(getattr(self, name) in allowed, f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("warmup", "warmdown"):
-            _require(0 <= getattr(self, name) <= 1, f"{name} is a fraction of the run, got {getattr(self, name)!r}")
+        for name in ("warmup", "warmdown", "prompt_cuts"):
+            _require(0 <= getattr(self, name) <= 1, f"{name} is a fraction, got {getattr(self, name)!r}")
         _require(0 < self.validation_fraction < 1, f"validation_fraction must lie in 0..1, got {self.validation_fraction!r}")
         _require(self.time_budget is None or self.time_budget > 0, f"time_budget must be above 0, got {self.time_budget!r}")
         _require(bool(self.data), "data must name at least one corpus, file or folder")

@@ -10,7 +10,7 @@ _PYTHON_NOTE = f"""\
 The corpus `{PYTHON_SOURCES}` is the Python standard library and the installed packages of the machine that trained the model,
 without tests, generated files and tables, split into training and validation by a hash of each file's path. The model writes
 Python, much of it in the manner of those packages; it knows nothing else and was not trained to chat. The files keep the
-licences of their packages, open-source ones throughout; none of them is part of this checkpoint."""
+licences of their packages; none of them is part of this checkpoint."""
 
 
 def model_card(trainer: Trainer, parallel: ParallelBpb, sequential: float, num_tokens: int, command: str) -> str:

@@ -10,8 +10,10 @@ Shapes: B batch, T tokens of a row.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from random import Random
 from typing import Any
 
 import torch
@@ -23,10 +25,11 @@ from training.data import Document
 
 @dataclass
 class Lane:
-    """The document that a lane reads, by index in the corpus, and the index of its next token, bos being 0."""
+    """The document that a lane reads, by index in the corpus, the index of its next token, bos being 0, and its cut_share."""
 
     document: int
     offset: int = 0
+    cut_share: float = 0.0
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Packer:
     """An endless source of batches from `documents`; `position` says where it stands and may be set to resume.
 
     Text is tokenised when it is reached, so that a run starts at once and holds no tokens but the lanes' documents.
+    `cut_share`, which may change at any time, holds for documents dealt from then on: see `encode_with_cuts`.
     """
 
     def __init__(
@@ -61,16 +65,17 @@ class Packer:
         assert tokenizer.bos_id is not None
         self.documents, self.tokenizer, self.bos_id = documents, tokenizer, tokenizer.bos_id
         self.sequence_len, self.batch_size, self.seed = sequence_len, batch_size, seed
-        self.position = Position()
+        self.position, self.cut_share = Position(), 0.0
         self._order: tuple[int, list[int]] = (-1, [])
-        self._tokens: dict[int, list[int]] = {}
+        self._tokens: dict[tuple[int, float], list[int]] = {}
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """The next tokens and targets, integers [B, T] on the CPU; targets[:, t] follows tokens[:, t]."""
         lanes = self.position.lanes
         lanes += [self._deal() for _ in range(self.batch_size - len(lanes))]
         rows = torch.tensor([self._row(index) for index in range(self.batch_size)])
-        self._tokens = {lane.document: self._tokens[lane.document] for lane in lanes if lane.document in self._tokens}
+        held = {(lane.document, lane.cut_share) for lane in lanes}
+        self._tokens = {key: tokens for key, tokens in self._tokens.items() if key in held}
         return rows[:, :-1], rows[:, 1:]
 
     def _row(self, index: int) -> list[int]:
@@ -78,7 +83,7 @@ class Packer:
         row = [self.bos_id]
         while len(row) <= self.sequence_len:
             lane = self.position.lanes[index]
-            tokens = self._tokenized(lane.document)
+            tokens = self._tokenized(lane)
             start = max(lane.offset, int(len(row) == 1))
             end = min(start + self.sequence_len + 1 - len(row), len(tokens))
             row += tokens[start:end]
@@ -96,12 +101,30 @@ class Packer:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position.epoch)
             self._order = (position.epoch, torch.randperm(len(self.documents), generator=generator).tolist())
         position.num_dealt += 1
-        return Lane(self._order[1][position.num_dealt - 1])
+        return Lane(self._order[1][position.num_dealt - 1], cut_share=self.cut_share)
 
-    def _tokenized(self, document: int) -> list[int]:
-        if document not in self._tokens:
-            self._tokens[document] = self.tokenizer.encode(self.documents[document].text, add_bos=True)
-        return self._tokens[document]
+    def _tokenized(self, lane: Lane) -> list[int]:
+        key = (lane.document, lane.cut_share)
+        if key not in self._tokens:
+            text, rng = self.documents[lane.document].text, Random(f"{self.seed} {lane.document}")
+            self._tokens[key] = encode_with_cuts(self.tokenizer, text, lane.cut_share, rng)
+        return self._tokens[key]
+
+
+_WORD_START = re.compile(r"(?<= )(?=\S)")
+
+
+def encode_with_cuts(tokenizer: Tokenizer, text: str, share: float, rng: Random) -> list[int]:
+    """bos and the ids of the text, cut before `share` of the words that follow a space, each part encoded by itself.
+
+    Tokens hold the space before a word, so uncut text never shows a lone space with a word to come, which is just what a
+    prompt that ends in a space asks for: `import ` would go on as `import 2`.
+    """
+    places = [found.start() for found in _WORD_START.finditer(text) if rng.random() < share] if share > 0 else []
+    ids = tokenizer.encode("", add_bos=True)
+    for start, end in zip([0, *places], [*places, len(text)], strict=True):
+        ids += tokenizer.encode(text[start:end], add_bos=False)
+    return ids
 
 
 def evaluation_rows(documents: Sequence[Document], tokenizer: Tokenizer, sequence_len: int, num_rows: int) -> Tensor:

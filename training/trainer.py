@@ -120,6 +120,8 @@ class Trainer:
     def step(self) -> StepResult:
         """One optimizer step; TrainingError, with the weights untouched, when loss or gradient is not finite."""
         started = time.monotonic()
+        in_warmdown = self.progress >= 1.0 - self.config.warmdown
+        self.packer.cut_share = self.config.prompt_cuts if in_warmdown else 0.0
         tokens, targets = (part.to(self.device) for part in self.packer.batch())
         with self.autocast():
             losses = self.schedule(self.model, tokens, targets)

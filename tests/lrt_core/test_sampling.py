@@ -82,6 +82,11 @@ def test_filters(params: dict[str, Any], expected: dict[int, float]) -> None:
     assert_frequencies(support(**params), expected)
 
 
+def test_top_p_drops_what_comes_after_exactly_its_mass() -> None:
+    """Four equal ones are a quarter each without rounding."""
+    assert_frequencies(support((0.25, 0.25, 0.25, 0.25), top_p=0.5), {0: 0.5, 1: 0.5})
+
+
 def test_filters_find_their_tokens_in_any_order() -> None:
     assert_frequencies(support((0.0625, 0.5, 0.0625, 0.125, 0.25), top_k=2), {1: 2 / 3, 4: 1 / 3})
 

@@ -48,3 +48,27 @@ def test_tokens_and_logprobs_are_those_of_each_alone(variant: str, prefill: str)
         assert [entry.token_id for entry in outcome.prompt_logprobs] == list(item.prompt_ids)
         actual = [entry.logprob for entry in (*outcome.prompt_logprobs[1:], *outcome.tokens)]
         assert actual == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_prompt_preempted_half_read_is_scored_once() -> None:
+    """12 blocks of 4: the first sequence's growth takes the second's place while that reads its 36 tokens one by one."""
+    model = tiny_model()
+    engine = make_engine(model, prefill="sequential", max_model_len=48, num_blocks=12)
+    growing, reading = request(random_ids(4), 40), request(random_ids(36, seed=1), 2, prompt_logprobs=0)
+    engine.add(growing)
+    [sequence] = engine.add(reading)
+    while not engine.scheduler.num_preemptions:
+        engine.step()
+    num_scored = len(sequence.prompt_logprobs)
+    assert 0 < num_scored < 35
+    assert sequence.num_computed_tokens == 0
+    outputs = []
+    while engine.has_work():
+        outputs += [item for item in engine.step().outputs if item.sequence is sequence]
+    entries = outputs[0].prompt_logprobs
+    assert entries is not None
+    assert [entry.token_id for entry in entries] == list(reading.prompt_ids)
+    exact = torch.log_softmax(read(model, reading.prompt_ids).logits, -1)
+    expected = [float(exact[position, token]) for position, token in enumerate(reading.prompt_ids[1:])]
+    assert [entry.logprob for entry in entries[1:]] == pytest.approx(expected, abs=1e-4)
+    assert sequence.output_ids == oracle(model, reading)

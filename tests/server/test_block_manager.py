@@ -53,6 +53,20 @@ def test_freeing_returns_all() -> None:
     blocks.check_invariants([sequence])
 
 
+def test_a_block_is_free_when_its_last_holder_lets_go() -> None:
+    blocks, first, second = BlockManager(3, block_size=2), new_sequence(), new_sequence()
+    blocks.grow(first, 4)
+    shared = first.block_table[0]
+    second.block_table.append(shared)
+    blocks.ref_counts[shared] += 1
+    blocks.check_invariants([first, second])
+    blocks.free(first)
+    assert blocks.num_free_blocks == 2
+    blocks.check_invariants([first, second])
+    blocks.free(second)
+    assert blocks.num_free_blocks == 3
+
+
 @given(
     st.integers(1, 12),
     st.integers(1, 5),

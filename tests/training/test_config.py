@@ -30,6 +30,7 @@ def test_json_round_trip(name: str) -> None:
         ("schedule", "chunky", "schedule must be one of"),
         ("precision", "float16", "precision must be one of"),
         ("warmdown", 1.2, "warmdown is a fraction"),
+        ("prompt_cuts", -0.1, "prompt_cuts is a fraction"),
         ("validation_fraction", 0, "validation_fraction must lie in"),
         ("time_budget", 0.0, "time_budget must be above 0"),
         ("data", (), "data must name"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from random import Random
 
 import pytest
 import torch
 
 from tests.helpers import tiny_tokenizer
 from training.data import Document
-from training.packing import Packer, Position, evaluation_rows
+from training.packing import Packer, Position, encode_with_cuts, evaluation_rows
 
 TOKENIZER = tiny_tokenizer()
 BOS = TOKENIZER.special_tokens["<|bos|>"]
@@ -62,12 +63,19 @@ def test_order_depends_on_the_seed_and_the_epoch() -> None:
     assert order(0)[:8] != order(0)[8:]
 
 
+def make_prose_packer() -> Packer:
+    documents = [Document(str(index), f"the number {index} and more words than that " * (index + 1)) for index in range(5)]
+    return Packer(documents, TOKENIZER, sequence_len=16, batch_size=3, seed=0)
+
+
 @pytest.mark.parametrize("steps", [0, 1, 5, 17])
 def test_position_resumes_exactly(steps: int) -> None:
-    packer = make_packer([3, 9, 5, 30], batch_size=3)
-    for _ in range(steps):
+    """In the middle of documents dealt before cuts began, too."""
+    packer, resumed = make_prose_packer(), make_prose_packer()
+    for step in range(steps):
+        packer.cut_share = 0.5 if step >= 3 else 0.0
         packer.batch()
-    resumed = make_packer([3, 9, 5, 30], batch_size=3)
+    resumed.cut_share = packer.cut_share = 0.5
     resumed.position = Position.from_dict(json.loads(json.dumps(packer.position.to_dict())))
     for _ in range(12):
         for one, other in zip(packer.batch(), resumed.batch(), strict=True):
@@ -77,6 +85,21 @@ def test_position_resumes_exactly(steps: int) -> None:
 def test_more_lanes_than_documents() -> None:
     tokens, _ = make_packer([2], batch_size=3, sequence_len=6).batch()
     assert tokens.shape == (3, 6)
+
+
+def test_cuts_separate_words_from_their_spaces() -> None:
+    text = "the dot in 12 ranks\n    return  self.port "
+    whole = encode_with_cuts(TOKENIZER, text, 0.0, Random(0))
+    assert whole == TOKENIZER.encode(text, add_bos=True)
+    cut = encode_with_cuts(TOKENIZER, text, 1.0, Random(0))
+    assert TOKENIZER.decode(cut[1:]) == text
+    assert cut[0] == BOS and BOS not in cut[1:]
+    tokens = [TOKENIZER.token_bytes(id) for id in cut[1:]]
+    assert not any(token.startswith(b" ") and token.strip() for token in tokens)
+    assert any(token.startswith(b" ") and token.strip() for token in map(TOKENIZER.token_bytes, whole))
+    some = [encode_with_cuts(TOKENIZER, text * 20, 0.5, Random(seed)) for seed in (0, 0, 1)]
+    assert some[0] == some[1] != some[2]
+    assert len(whole) * 20 < len(some[0]) + 20
 
 
 def test_no_documents() -> None:

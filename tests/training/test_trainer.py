@@ -81,6 +81,15 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [line["finished"] for line in read_log(tmp_path, "stop")] == [False, True]
 
 
+def test_prompts_are_cut_in_the_warmdown(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, num_steps=10, warmdown=0.4, prompt_cuts=0.25)
+    shares = []
+    for _ in range(10):
+        trainer.step()
+        shares.append(trainer.packer.cut_share)
+    assert shares == [0.0] * 6 + [0.25] * 4
+
+
 def test_time_budget_ends_the_run(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, num_steps=1_000_000, time_budget=1e-9)
     assert trainer.run()
