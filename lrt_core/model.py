@@ -3,6 +3,9 @@
 Memory enters `forward` as an argument and latents leave it as a result; where keys and values live is the business of
 the `kv` argument (`kv.py`). Nothing here knows which phase calls it. Source: arXiv 2605.26797, section 3.
 
+The residual stream, latents and memories are at least float32, whatever the weights' type: in bfloat16 alone, two passes of
+refinement would differ by rounding as much as the tolerance allows, and never settle.
+
 Shapes: B batch, T tokens, D hidden size, L layers, N query heads, G key/value heads, H head size (N*H = D), V vocabulary.
 A leading `...` is [B] in training and absent in serving, where the tokens of all sequences lie flat.
 """
@@ -22,6 +25,11 @@ from lrt_core.kv import KV, Heads
 from lrt_core.memory import Gates, MemoryProjection, ProjectedMemory, mix, split_gates
 
 _EPS = torch.finfo(torch.float32).eps
+
+
+def stream_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of residual stream, latents and memories for weights of `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -68,6 +76,8 @@ class Stream:
     rope: Rope
     memory: Tensor | None
     projected: Sequence[ProjectedMemory] | None
+    dtype: torch.dtype
+    """What the layers' products compute in (under autocast, autocast's type)."""
 
     def select(self, rows: Tensor) -> Stream:
         """The stream of some tokens [R] of a flat batch."""
@@ -79,7 +89,7 @@ class Stream:
                 taken[id(one)] = ProjectedMemory(one.key.index_select(0, rows), one.value.index_select(0, rows))
         projected = [taken[id(one)] for one in self.projected] if self.projected is not None else None
         x, x0, tokens = (part.index_select(0, rows) for part in (self.x, self.x0, self.tokens))
-        return Stream(x, x0, tokens, rope, memory, projected)
+        return Stream(x, x0, tokens, rope, memory, projected, self.dtype)
 
 
 class InputProjections(nn.Module):
@@ -157,10 +167,10 @@ class Layer(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, tokens: Tensor, rope: Rope, memory: ProjectedMemory | None, kv: KV) -> Tensor:
-        """Residual stream [..., T, D] -> [..., T, D]."""
-        x = x + self.attention(norm(x), tokens, rope, memory, kv)
-        out: Tensor = x + self.mlp(norm(x))
+    def forward(self, x: Tensor, stream: Stream, memory: ProjectedMemory | None, kv: KV) -> Tensor:
+        """Residual stream [..., T, D] after injection -> [..., T, D]; `stream` is what the layers have in common."""
+        x = x + self.attention(norm(x).to(stream.dtype), stream.tokens, stream.rope, memory, kv)
+        out: Tensor = x + self.mlp(norm(x).to(stream.dtype))
         return out
 
 
@@ -181,7 +191,7 @@ class LatentRecurrentTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights, and of latents and cache."""
+        """Type of the matrices, and of cached keys and values."""
         return self.embedding.weight.dtype
 
     @property
@@ -207,9 +217,10 @@ class LatentRecurrentTransformer(nn.Module):
         """The residual stream before layer 0; arguments as in `forward`."""
         if (memory is None) != (self.config.recurrence is None):
             raise ValueError("memory must be given to a recurrent model (zeros at position 0) and to no other")
-        x = norm(self.embedding(tokens))
-        projected = self.memory_projection(memory) if self.memory_projection is not None else None
-        return Stream(x, x, tokens, make_rope(self.config, positions), memory, projected)
+        x = norm(self.embedding(tokens).to(stream_dtype(self.dtype)))
+        project = self.memory_projection
+        projected = project(memory.to(self.dtype)) if project is not None and memory is not None else None
+        return Stream(x, x, tokens, make_rope(self.config, positions), memory, projected, self.dtype)
 
     def run_to_source(self, stream: Stream, kv: KV) -> Tensor:
         """Run the layers up to the source, changing `stream.x`; returns the latents [..., T, D]."""
@@ -227,7 +238,7 @@ class LatentRecurrentTransformer(nn.Module):
     def _run(self, stream: Stream, layers: range, kv: KV) -> None:
         for index in layers:
             memory = stream.projected and stream.projected[index]
-            stream.x = self.layers[index](self._inject(index, stream), stream.tokens, stream.rope, memory, kv)
+            stream.x = self.layers[index](self._inject(index, stream), stream, memory, kv)
 
     def _inject(self, layer: int, stream: Stream) -> Tensor:
         """alpha x + beta x0 + gamma memory for one layer, [..., T, D]."""
@@ -243,14 +254,14 @@ class LatentRecurrentTransformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> float32 logits [..., V], softly capped at +-config.logit_softcap."""
         cap = self.config.logit_softcap
-        raw = self.head(hidden)[..., : self.config.vocab_size].float()
+        raw = self.head(hidden.to(self.dtype))[..., : self.config.vocab_size].float()
         return cap * torch.tanh(raw / cap)
 
     def zero_memory(self, *shape: int) -> Tensor | None:
         """Explicit zeros [*shape, D] for a recurrent model, None for a plain one."""
         if self.config.recurrence is None:
             return None
-        return torch.zeros(*shape, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        return torch.zeros(*shape, self.config.hidden_size, dtype=stream_dtype(self.dtype), device=self.device)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

@@ -19,17 +19,19 @@ from torch import Tensor
 from lrt_core.attention import attention
 from lrt_core.config import ModelConfig
 from lrt_core.kv import Heads
+from lrt_core.model import stream_dtype
 
 
 class PagedPool:
-    """Storage for `num_slots` tokens: keys and values [L, num_slots, G, H], latents [num_slots + 1, D], last row zero."""
+    """Storage for `num_slots` tokens: keys and values [L, num_slots, G, H] in `dtype`, latents
+    [num_slots + 1, D] in at least float32, the last row zero."""
 
     def __init__(self, config: ModelConfig, num_slots: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.config, self.num_slots = config, num_slots
         shape = (config.num_layers, num_slots, config.num_kv_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.latents = torch.zeros((num_slots + 1, config.hidden_size), dtype=dtype, device=device)
+        self.latents = torch.zeros((num_slots + 1, config.hidden_size), dtype=stream_dtype(dtype), device=device)
 
     @property
     def zero_row(self) -> int:
@@ -39,7 +41,8 @@ class PagedPool:
     @staticmethod
     def bytes_per_slot(config: ModelConfig, dtype: torch.dtype) -> int:
         """Memory of one token: K and V of all layers and one latent."""
-        return (2 * config.num_layers * config.kv_size + config.hidden_size) * dtype.itemsize
+        keys_and_values = 2 * config.num_layers * config.kv_size * dtype.itemsize
+        return keys_and_values + config.hidden_size * stream_dtype(dtype).itemsize
 
     def store_latents(self, slots: Tensor, latents: Tensor) -> None:
         """Write latents [T, D] to `slots` [T]."""
