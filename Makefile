@@ -67,7 +67,7 @@ check: $(DEVELOPMENT) ## what CI runs: ruff, mypy --strict, tests
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(RUNTIME) ## measure the engine's speed on this machine
-	@$(BIN)/python -m server.bench offline $(ARGS)
+	@$(BIN)/lrt-bench offline $(ARGS)
 
 train: $(DEVELOPMENT) ## train a checkpoint like the bundled one in runs/small, or go on
 	@$(BIN)/lrt-train $(if $(wildcard runs/small/state.pt),--resume runs/small,--preset small --run runs/small) $(ARGS)

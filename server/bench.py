@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lrt_core.checkpoint import BUNDLED, load_config, load_model
+from lrt_core.checkpoint import BUNDLED, CheckpointError, load_config, load_model
 from lrt_core.config import ModelConfig, RecurrenceConfig
 from lrt_core.fused import fuse
 from lrt_core.hardware import has_fast_bf16
@@ -181,7 +181,10 @@ def _models(args: argparse.Namespace, dtype: torch.dtype) -> list[tuple[str, Lat
 def _model_argument(text: str) -> str | Path:
     if text == "d12":
         return text
-    load_config(Path(text))
+    try:
+        load_config(Path(text))
+    except CheckpointError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return Path(text)
 
 
