@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lrt_core.attention import attention
 from lrt_core.config import ModelConfig
+from lrt_core.kernels import decode_attention
 from lrt_core.kv import Heads
 from lrt_core.model import stream_dtype
 
@@ -104,19 +105,14 @@ class PagedKV:
         masks = self._layer_masks(self.pool.config.window(layer))
         parts = []
         if self.decodes is not None:
-            parts.append(self._attend_decodes(self.decodes, heads.query, keys, values, masks[0]))
+            slots, context_lens = self.decodes.slots, self.decodes.context_lens
+            query, window = heads.query[: len(slots)], self.pool.config.window(layer)
+            parts.append(decode_attention(query, keys, values, slots, context_lens, masks[0], window))
         for group, mask in zip(self.windows, masks[1:], strict=True):
             query = heads.query[group.start : group.start + group.num_tokens].unsqueeze(0)
             context_keys, context_values = keys[group.slots].unsqueeze(0), values[group.slots].unsqueeze(0)
             parts.append(attention(query, context_keys, context_values, mask=mask)[0])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _attend_decodes(self, group: DecodeGroup, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """Rows 0..S of the batch. The query heads of one KV head stand as its queries, so nothing is repeated for GQA."""
-        num_rows, num_kv_heads = group.slots.shape[0], keys.shape[1]
-        grouped = query[:num_rows].reshape(num_rows, num_kv_heads, -1, query.shape[-1]).transpose(1, 2)
-        out = attention(grouped, keys[group.slots], values[group.slots], mask=mask)
-        return out.transpose(1, 2).flatten(1, 2)
 
     def _layer_masks(self, window: int) -> list[Tensor]:
         """Masks of the decode group (an empty tensor without one) and of every window, made once per window size."""

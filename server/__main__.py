@@ -151,6 +151,7 @@ def _serve(settings: ServerConfig, listener: socket.socket) -> int:
 def _load(settings: ServerConfig) -> tuple[Service, str]:
     """The engine and what surrounds it, and a line that tells of it. Raises StartError."""
     from lrt_core.checkpoint import BUNDLED, CheckpointError, load_config
+    from lrt_core.kernels import is_native
     from server.api.service import Service
     from server.engine.loader import LoadError, fingerprint, load_engine
     from server.metrics import EngineMetrics
@@ -171,7 +172,8 @@ def _load(settings: ServerConfig) -> tuple[Service, str]:
     metrics.describe(engine.config, dtype, model.config.hidden_size * model.dtype.itemsize, time.monotonic() - started)
     recurrence = model.config.recurrence
     path = f"{recurrence.variant}, source layer {recurrence.source_layer}" if recurrence else "off"
-    greeting = f"serving {names[0]} ({checkpoint}): recurrence {path}; {dtype}; cache of {engine.config.capacity} tokens"
+    operators = f"{dtype}, {'native' if is_native() else 'torch'} kernels"
+    greeting = f"serving {names[0]} ({checkpoint}): recurrence {path}; {operators}; cache of {engine.config.capacity} tokens"
     service = Service(
         engine=engine,
         model_names=names,

@@ -101,4 +101,4 @@ def _decode_group(windows: list[ScheduledWindow], block_size: int, device: torch
     tables = [(window.sequence.block_table + [0] * num_blocks)[:num_blocks] for window in windows]
     blocks = torch.tensor(tables, device=device)
     slots = (blocks.unsqueeze(-1) * block_size + torch.arange(block_size, device=device)).flatten(1)
-    return DecodeGroup(slots[:, : max(context_lens)], torch.tensor(context_lens, device=device))
+    return DecodeGroup(slots[:, : max(context_lens)].contiguous(), torch.tensor(context_lens, device=device))
