@@ -79,7 +79,7 @@ class BlockManager:
             self._reference(block)
         sequence.block_table = list(matched)
         sequence.num_registered_blocks = len(matched)
-        self.grow(sequence)
+        self._append_missing(sequence)
         return len(matched) * self.block_size
 
     # Growing: room for the tokens that the next step writes.
@@ -90,14 +90,16 @@ class BlockManager:
 
     def grow(self, sequence: Sequence) -> None:
         """Append blocks until the table holds every known token, and make the block that is written next its own."""
-        for _ in range(self._num_missing(sequence)):
-            sequence.block_table.append(self._take())
+        self._append_missing(sequence)
         if self._is_write_shared(sequence):
             index = sequence.num_computed_tokens // self.block_size
             shared, own = sequence.block_table[index], self._take()
             self.copies.append(Copy(shared, own))
             sequence.block_table[index] = own
             self._release(shared)
+
+    def _append_missing(self, sequence: Sequence) -> None:
+        sequence.block_table += [self._take() for _ in range(self._num_missing(sequence))]
 
     def _num_missing(self, sequence: Sequence) -> int:
         return max(0, -(-sequence.num_tokens // self.block_size) - len(sequence.block_table))

@@ -145,7 +145,7 @@ class Scheduler:
         is_new = sequence.num_cached_prompt_tokens is None
         num_cached = self.blocks.place(sequence, matched)
         sequence.place(num_cached, self.max_window)
-        if is_new and self.config.prefix_caching:
+        if is_new and self._may_share(sequence):
             self.totals.num_prefix_queries += sequence.num_tokens
             self.totals.num_prefix_hits += num_cached
         self.totals.num_recomputed_tokens += max(0, sequence.num_lost_tokens - num_cached)
@@ -154,7 +154,7 @@ class Scheduler:
     def _may_share(self, sequence: Sequence) -> bool:
         """A prompt whose logprobs are asked for is computed anew unless cached blocks hold its hidden states."""
         unscored = sequence.request.prompt_logprobs is not None and sequence.num_output_tokens == 0
-        return self.latents_are_hidden or not unscored
+        return self.config.prefix_caching and (self.latents_are_hidden or not unscored)
 
     def _run(self, sequence: Sequence) -> None:
         sequence.status = Status.RUNNING

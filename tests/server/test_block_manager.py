@@ -55,14 +55,16 @@ def test_freeing_returns_all() -> None:
 
 def test_a_block_is_free_when_its_last_holder_lets_go() -> None:
     blocks, first, second = BlockManager(3, block_size=2), new_sequence(), new_sequence()
-    blocks.grow(first, 4)
-    shared = first.block_table[0]
-    second.block_table.append(shared)
-    blocks.ref_counts[shared] += 1
+    blocks.grow(first)
+    for sequence in (first, second):
+        sequence.place(4, window=1)
+    blocks.fork(first, second)
+    assert second.block_table == first.block_table
+    assert blocks.num_free_blocks == 1
     blocks.check_invariants([first, second])
     blocks.free(first)
-    assert blocks.num_free_blocks == 2
-    blocks.check_invariants([first, second])
+    assert blocks.num_free_blocks == 1
+    blocks.check_invariants([second])
     blocks.free(second)
     assert blocks.num_free_blocks == 3
 

@@ -23,8 +23,8 @@ def make_scheduler(**overrides: Any) -> Scheduler:
     return Scheduler(config, BlockManager(config.num_blocks, config.block_size))
 
 
-def add(scheduler: Scheduler, num_prompt_tokens: int, max_tokens: int = 8) -> Sequence:
-    sequence = Sequence(request([1] * num_prompt_tokens, max_tokens), 0, 0, next(NUMBERS))
+def add(scheduler: Scheduler, num_prompt_tokens: int, max_tokens: int = 8, priority: int = 0) -> Sequence:
+    sequence = Sequence(request([1] * num_prompt_tokens, max_tokens, priority=priority), 0, 0, next(NUMBERS))
     scheduler.add(sequence)
     return sequence
 
@@ -128,6 +128,40 @@ def test_a_preempted_sequence_comes_back_before_newer_ones() -> None:
     while not scheduler.totals.num_preemptions:
         step(scheduler)
     assert scheduler.waiting == [second, third]
+
+
+def test_lower_priority_values_are_admitted_first() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    running = add(scheduler, 2, max_tokens=2, priority=9)
+    step(scheduler)
+    late, first, second, third = (add(scheduler, 2, max_tokens=1, priority=priority) for priority in (5, 0, -1, 0))
+    assert scheduler.waiting == [second, first, third, late], "equal ones by arrival"
+    order = []
+    while scheduler.has_work():
+        order += [sequence for sequence, _, _ in step(scheduler)]
+    assert order == [running, second, first, third, late], "what runs is not driven out for want of a place"
+
+
+def test_the_last_in_priority_gives_way_first_whoever_came_first() -> None:
+    scheduler = make_scheduler(num_blocks=4, block_size=4, max_model_len=16)
+    unimportant = add(scheduler, 3, max_tokens=9, priority=1)
+    step(scheduler)
+    important = add(scheduler, 4, max_tokens=12)
+    while not scheduler.totals.num_preemptions:
+        step(scheduler)
+    assert (scheduler.running, scheduler.waiting) == ([important], [unimportant])
+    while scheduler.has_work():
+        step(scheduler)
+    assert (important.num_tokens, unimportant.num_tokens) == (16, 12)
+
+
+def test_prompts_of_higher_priority_take_the_budget_first() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=20, window=16)
+    unimportant = add(scheduler, 40, priority=1)
+    step(scheduler)
+    important = add(scheduler, 40)
+    step(scheduler)
+    assert step(scheduler) == [(important, 4, 16), (unimportant, 32, 4)]
 
 
 def test_ending_from_outside_frees_wherever_it_stands() -> None:
