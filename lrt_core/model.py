@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrt_core.config import ModelConfig
+from lrt_core.kernels import norm, rope_norm
 from lrt_core.kv import KV, Heads
 from lrt_core.memory import Gates, MemoryProjection, ProjectedMemory, mix, split_gates
-
-_EPS = torch.finfo(torch.float32).eps
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,22 +31,11 @@ def stream_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last axis without learned weights; eps is float32's machine epsilon in every type."""
-    return F.rms_norm(x, (x.shape[-1],), eps=_EPS)
-
-
 class Rope(NamedTuple):
-    """cos and sin of the rotation angles, each [..., T, 1, H/2]."""
+    """cos and sin of the rotation angles, each float32 [..., T, 1, H/2]."""
 
     cos: Tensor
     sin: Tensor
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotate heads [..., T, heads, H]: the first half pairs with the second half."""
-        x1, x2 = x.chunk(2, dim=-1)
-        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
-        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
 def make_rope(config: ModelConfig, positions: Tensor) -> Rope:
@@ -56,7 +44,7 @@ def make_rope(config: ModelConfig, positions: Tensor) -> Rope:
     inverse_frequency = 1.0 / (config.rope_base ** (channels / config.head_dim))
     angles = positions.to(torch.float32).unsqueeze(-1) * inverse_frequency
     dtype = torch.bfloat16 if config.rope_dtype == "bfloat16" else torch.float32
-    return Rope(angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2))
+    return Rope(*(part.to(dtype).float().unsqueeze(-2) for part in (angles.cos(), angles.sin())))
 
 
 class ForwardResult(NamedTuple):
@@ -135,7 +123,7 @@ class Attention(nn.Module):
         raw_key = mix(flat_key.unflatten(-1, (-1, head_dim)), gates.local, memory and memory.key, gates.memory)
         value = mix(flat_value.unflatten(-1, (-1, head_dim)), gates.local, memory and memory.value, gates.memory)
         value = self._add_value_embedding(value, tokens, gates)
-        return Heads(norm(rope.rotate(query)), norm(rope.rotate(raw_key)), value, raw_key, gates.memory)
+        return Heads(rope_norm(query, *rope), rope_norm(raw_key, *rope), value, raw_key, gates.memory)
 
     def _add_value_embedding(self, value: Tensor, tokens: Tensor, gates: Gates) -> Tensor:
         if self.value_embedding is None or gates.value_embedding is None:
@@ -169,8 +157,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream, memory: ProjectedMemory | None, kv: KV) -> Tensor:
         """Residual stream [..., T, D] after injection -> [..., T, D]; `stream` is what the layers have in common."""
-        x = x + self.attention(norm(x).to(stream.dtype), stream.tokens, stream.rope, memory, kv)
-        out: Tensor = x + self.mlp(norm(x).to(stream.dtype))
+        x = x + self.attention(norm(x, stream.dtype), stream.tokens, stream.rope, memory, kv)
+        out: Tensor = x + self.mlp(norm(x, stream.dtype))
         return out
 
 

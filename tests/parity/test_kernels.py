@@ -27,6 +27,7 @@ def test_kernels_can_be_switched_off() -> None:
 @needs_native
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
 def test_decode_attention(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
     num_sequences, num_heads, num_kv_heads, head_dim, context = shape
     generator = torch.Generator().manual_seed(0)
@@ -59,3 +60,39 @@ def test_an_engine_with_and_without(variant: str) -> None:
         assert fast.token_ids == plain.token_ids == list(generate(model, prompt, 12))
         for own, other in zip(fast.tokens, plain.tokens, strict=True):
             assert own.logprob == pytest.approx(other.logprob, abs=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("size", [1, 6, 16, 33, 768])
+@pytest.mark.parametrize("source, target", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")])
+@torch.no_grad()
+def test_norm(source: str, target: str, size: int) -> None:
+    source_dtype, target_dtype = getattr(torch, source), getattr(torch, target)
+    for rows in (1, 3, 100):
+        x = torch.randn(rows, size, generator=torch.Generator().manual_seed(size)).to(source_dtype)
+        actual, wide = kernels.norm(x, target_dtype), kernels.norm_twin(x.float())
+        assert actual.dtype == target_dtype
+        assert (actual.float() - wide).abs().max() < TOLERANCE[target_dtype]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens, heads, head_dim", [(1, 1, 2), (5, 3, 6), (2, 6, 128), (70, 6, 128)])
+@torch.no_grad()
+def test_rope_norm(dtype: torch.dtype, tokens: int, heads: int, head_dim: int) -> None:
+    """From heads that lie in a wider product's rows, as fused projections leave them."""
+    generator = torch.Generator().manual_seed(heads)
+    product = torch.randn(tokens, heads * head_dim + 5, generator=generator).to(dtype)
+    x = product[:, 3 : 3 + heads * head_dim].unflatten(-1, (heads, head_dim))
+    angles = torch.rand(tokens, 1, head_dim // 2, generator=generator)
+    actual = kernels.rope_norm(x, angles.cos(), angles.sin())
+    wide = kernels.rope_norm_twin(x.float(), angles.cos(), angles.sin())
+    assert actual.dtype == dtype and actual.is_contiguous()
+    assert (actual.float() - wide).abs().max() < TOLERANCE[dtype]
+
+
+def test_gradients_go_through_the_twins() -> None:
+    x = torch.randn(3, 2, 8, requires_grad=True)
+    angles = torch.rand(3, 1, 4)
+    (kernels.norm(x).sum() + kernels.rope_norm(x, angles.cos(), angles.sin()).sum()).backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
