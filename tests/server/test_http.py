@@ -175,7 +175,7 @@ def test_counts_are_exact_and_gauges_end_at_zero(api: Api) -> None:
 def test_preemption_shows_in_no_answer_and_no_count(api: Api, checkpoint: Path, prefix_caching: bool) -> None:
     tight = Api(
         checkpoint,
-        kv_cache_memory=60_000,
+        kv_cache_memory=50_000,
         block_size=4,
         max_num_seqs=6,
         prefill="sequential",
