@@ -46,11 +46,17 @@ class Engine:
     """
 
     def __init__(
-        self, runner: ModelRunner, eos_ids: Collection[int], check_invariants: bool = False, seed: int | None = None
+        self,
+        runner: ModelRunner,
+        eos_ids: Collection[int],
+        check_invariants: bool = False,
+        seed: int | None = None,
+        weights_id: str = "",
     ) -> None:
         self.runner, self.config = runner, runner.config
         self.eos_ids = frozenset(eos_ids)
-        root = f"{runner.model.dtype} {self.config.prefill} {self.config.window} {self.config.tolerance}"
+        self.weights_id = weights_id
+        root = f"{weights_id} {runner.model.dtype} {self.config.prefill} {self.config.window} {self.config.tolerance}"
         root_or_none = root if self.config.prefix_caching else None
         self.blocks = BlockManager(self.config.num_blocks, self.config.block_size, root_or_none)
         self.scheduler = Scheduler(self.config, self.blocks, runner.model.config.latents_are_hidden)
@@ -189,9 +195,9 @@ def check_request(config: EngineConfig, vocab_size: int, request: GenerationRequ
     if num_prompt == 0:
         raise RequestError("the prompt is empty")
     if max_tokens < 0 or request.n < 1:
-        raise RequestError("max_tokens must be at least 0 and n at least 1")
+        raise RequestError("max_tokens must be at least 0 and n at least 1", param="max_tokens" if max_tokens < 0 else "n")
     if request.n > config.max_num_admitted:
-        raise RequestError(f"n is {request.n}, the server takes {config.max_num_admitted} samples in all")
+        raise RequestError(f"n is {request.n}, the server takes {config.max_num_admitted} samples in all", param="n")
     sampling = request.sampling
     ids = chain(request.prompt_ids, sampling.logit_bias, sampling.allowed_token_ids or ())
     outside = next((token for token in ids if not 0 <= token < vocab_size), None)

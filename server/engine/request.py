@@ -14,7 +14,11 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 class RequestError(ValueError):
-    """A request that this engine can never serve; the message says why."""
+    """A request that this engine can never serve; the message says why, `param` which field is at fault."""
+
+    def __init__(self, message: str, param: str = "prompt") -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class PromptTooLongError(RequestError):
@@ -74,7 +78,7 @@ class Delta:
 
     token_ids counts every generated token, an end-of-sequence id included (its text is empty). logprobs has one entry per
     token id when asked for. prompt_logprobs comes once, with the first delta of each sample, when asked for.
-    stop_reason: the stop string or the token id that ended the sample; None for a bare length end.
+    stop_reason: the stop string that ended the sample; None for an end-of-sequence id or the length.
     """
 
     index: int
@@ -83,5 +87,5 @@ class Delta:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
+    stop_reason: str | None = None
     num_cached_tokens: int = 0

@@ -74,8 +74,8 @@ class Bench:
         self.runner.gate = self.gate = threading.Event()
         self.gate.set()
         self.core.runner = self.runner
-        self.recorder, self.deaths = Recorder(), []
-        self.engine = AsyncEngine(self.core, TOKENIZER, self.recorder, self.deaths.append)
+        self.recorder = Recorder()
+        self.engine = AsyncEngine(self.core, TOKENIZER, self.recorder)
 
     async def __aenter__(self) -> Bench:
         await self.engine.start()

@@ -277,7 +277,7 @@ def test_the_engines_death_reaches_everyone() -> None:
             with pytest.raises(EngineDeadError):
                 await streams[3].__anext__()
             assert [delta async for delta in streams[3]] == [], "the error is the end"
-            assert bench.deaths == [bench.runner.error]
+            assert bench.engine.error is bench.runner.error
             assert not bench.engine.is_ready
             assert bench.engine.num_in_flight == 0
             with pytest.raises(AdmissionError) as refused:
@@ -325,5 +325,24 @@ def test_many_streams_closed_at_random_points_leave_nothing_behind() -> None:
             assert len(bench.recorder.finished) == 60
             assert len(bench.recorder.tokens) == sum(stats.generation_tokens for stats in bench.recorder.finished)
             assert sum(step.num_preemptions for step in bench.recorder.steps) > 0
+
+    run(test)
+
+
+def test_requests_that_belong_together_are_admitted_together_or_not_at_all() -> None:
+    async def test() -> None:
+        async with Bench(max_num_seqs=1, max_num_waiting=1) as bench:
+            pair = [request([1], 2), request([2], 2)]
+            with pytest.raises(RequestError, match="3 samples in one request, the server takes 2 in all"):
+                bench.engine.admit_all([*pair, request([3], 2)])
+            with pytest.raises(RequestError) as refused:
+                bench.engine.admit(request([3], 2, n=3))
+            assert refused.value.param == "n"
+            running = bench.engine.admit(request([1], 2))
+            with pytest.raises(AdmissionError):
+                bench.engine.admit_all(pair)
+            await collect(running)
+            assert [len(ids_of(await collect(stream))) for stream in bench.engine.admit_all(pair)] == [2, 2]
+        assert bench.recorder.rejections == ["queue_full"]
 
     run(test)
