@@ -110,7 +110,9 @@ def _fastest(work: Callable[[], object]) -> float:
 def make_engine(model: LatentRecurrentTransformer, prefill: PrefillMode, max_num_seqs: int, max_len: int) -> Engine:
     """An engine with room for max_num_seqs sequences of max_len tokens."""
     num_blocks = max_num_seqs * -(-max_len // 16)
-    config = EngineConfig(max_len, num_blocks, prefill=prefill, tolerance=DEFAULT_TOLERANCE[model.dtype])
+    tolerance = DEFAULT_TOLERANCE[model.dtype]
+    # Repetitions send the same prompts; the prefix cache would answer for them.
+    config = EngineConfig(max_len, num_blocks, prefill=prefill, tolerance=tolerance, prefix_caching=False)
     return Engine(ModelRunner(model, config), eos_ids=(), seed=0)
 
 
@@ -188,15 +190,21 @@ def _model_argument(text: str) -> str | Path:
     return Path(text)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lrt-bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("mode", choices=("offline", "prefill"))
     parser.add_argument("--model", type=_model_argument, default=BUNDLED, help="d12 or a checkpoint (default: the bundled one)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--prompt-len", type=int, help="tokens (default: 32 offline, 256 prefill)")
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--clients", type=_count, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--prompt-len", type=_count, help="tokens (default: 32 offline, 256 prefill)")
+    parser.add_argument("--new-tokens", type=_count, default=128)
+    parser.add_argument("--repetitions", type=_count, default=3)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     return parser
 

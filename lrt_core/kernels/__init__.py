@@ -21,21 +21,24 @@ from torch import Tensor
 from lrt_core.attention import attention
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_VERSION = 1
+"""Of the library's functions; raised with every change of one, so that a library from an older build is not called."""
 _EPS = torch.finfo(torch.float32).eps
 """Of every norm, in bfloat16 too."""
 
 
 def _load() -> ctypes.CDLL | None:
-    """The library, or None where it was not built or does not run here."""
+    """The library, or None where it was not built, does not run here or is of another version."""
     built = sorted(Path(__file__).parent.glob("_native*.so"))
     if not built:
         return None
     try:
         # The kernels' threads must come from the OpenMP runtime that torch uses, or two pools would spin against each other.
         ctypes.CDLL(_openmp(), mode=ctypes.RTLD_GLOBAL)
-        return ctypes.CDLL(str(built[0]))
+        library = ctypes.CDLL(str(built[0]))
     except OSError:
         return None
+    return library if hasattr(library, "lrt_version") and library.lrt_version() == _VERSION else None
 
 
 def _openmp() -> str:
