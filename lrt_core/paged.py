@@ -2,8 +2,8 @@
 
 One address serves all three: a token slot holds the token's K and V of every layer and its outgoing latent, so whatever shares,
 frees or restores a block of slots does the same to the recurrence. The memory of position t is the latent row of the slot of
-t-1; `zero_row` stands for "no predecessor". Neighbours: the server's block manager hands out slots, its batch builder fills
-`PagedBatch`; `kv.py` describes the seam.
+t-1; `zero_row` stands for "no predecessor". Neighbours: the server's block manager hands out slots, its batch builder makes
+the groups; `kv.py` describes the seam.
 
 Shapes: T tokens of the step (all sequences flat), S sequences, C context length, N query heads, G key/value heads, H head size,
 D hidden size.

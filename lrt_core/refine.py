@@ -15,20 +15,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrt_core.kv import CausalKV, Heads
+from lrt_core.kv import CausalKV
 from lrt_core.memory import shift
 from lrt_core.model import LatentRecurrentTransformer
 
 
 @dataclass(frozen=True)
 class Refined:
-    """hidden and latents [B, T, D] of the last pass; residuals: per pass, the largest relative change of a memory; heads:
-    every layer's attention inputs of the last pass, ready for a cache."""
+    """hidden and latents [B, T, D] of the last pass; residuals: per pass, the largest relative change of a memory."""
 
     hidden: Tensor
     latents: Tensor
     residuals: list[float]
-    heads: list[Heads]
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:
@@ -50,9 +48,7 @@ def refine(model: LatentRecurrentTransformer, tokens: Tensor, tolerance: float, 
     memory = model.zero_memory(*tokens.shape)
     residuals: list[float] = []
     while True:
-        kv = CausalKV(model.config, record=True)
-        hidden, latents = model(tokens, positions, memory, kv)
-        assert kv.recorded is not None
+        hidden, latents = model(tokens, positions, memory, CausalKV(model.config))
         if memory is not None:
             new_memory = shift(latents)
             change = relative_change(new_memory[:, 1:], memory[:, 1:])
@@ -60,4 +56,4 @@ def refine(model: LatentRecurrentTransformer, tokens: Tensor, tolerance: float, 
             memory = new_memory
         done = not residuals or residuals[-1] <= tolerance or len(residuals) >= min(length, max_passes or length)
         if done:
-            return Refined(hidden, latents, residuals, kv.recorded)
+            return Refined(hidden, latents, residuals)

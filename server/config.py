@@ -189,7 +189,9 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         choices=("window", "sequential"),
         help="how prompts are read (default window)",
     )
-    add("--prefill-window", type=_count, metavar="N", help="largest refinement window (default 128)")
+    add(
+        "--prefill-window", type=_count, metavar="N", help="largest refinement window (default 128, at most the rows of a step)"
+    )
     add(
         "--prefill-tolerance",
         type=_seconds,
@@ -224,8 +226,8 @@ def _from_environment(parser: argparse.ArgumentParser, environment: Mapping[str,
     values = {}
     for action in parser._actions:
         text = environment.get(variable(action.dest))
-        if text is None or action.dest == "help":
-            continue
+        if text is None or action.dest == "help" or (text == "" and action.nargs != 0):
+            continue  # an empty variable is an unset one
         try:
             values[action.dest] = _convert(action, text)
         except argparse.ArgumentTypeError as error:

@@ -147,6 +147,8 @@ class BlockManager:
         assert self.ref_counts[block] >= 0
         if self.ref_counts[block] == 0:
             self._free[block] = None
+            if self._hashes[block] is None:  # nothing to keep: first to be taken
+                self._free.move_to_end(block, last=False)
 
     def _take(self) -> int:
         """The free block unused for longest; what it held is forgotten."""

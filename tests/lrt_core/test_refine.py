@@ -91,10 +91,3 @@ def test_a_batch_stops_when_its_slowest_row_has() -> None:
     together = refine(model, tokens, 1e-4)
     alone = [refine(model, row.unsqueeze(0), 1e-4) for row in tokens]
     assert len(together.residuals) == max(len(row.residuals) for row in alone)
-
-
-def test_heads_of_the_last_pass_come_along() -> None:
-    model = contracting_model("layerwise")
-    refined = refine(model, random_tokens(), 1e-6)
-    assert len(refined.heads) == model.config.num_layers
-    assert refined.heads[0].key.shape == (1, LENGTH, 2, 8)

@@ -101,7 +101,7 @@ def assert_alike(found: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
 SHAPES: list[dict[str, Any]] = [
     {},
     {"n": 3, "seed": 7},
-    {"prompt": ["one", "two", ""], "n": 2, "seed": 1, "logprobs": 3},
+    {"prompt": ["one", "two", "3"], "n": 2, "seed": 1, "logprobs": 3},
     {"prompt": [[1, 2, 3], [200]], "echo": True, "logprobs": 0, "temperature": 0},
     {"prompt": "the \u00e9", "echo": True, "logprobs": 20, "temperature": 0},
     {"echo": True, "max_tokens": 0, "logprobs": 2},
