@@ -1,4 +1,4 @@
-"""Attention over contiguous keys and values, one signature for every caller; the paged form lives with its cache in `kv.py`.
+"""Attention over contiguous keys and values, one signature for every caller; the paged form is in `paged.py` and `kernels`.
 
 Shapes: B batch, T queries, S keys, N query heads, G key/value heads, H head size.
 """

@@ -151,6 +151,11 @@ class ModelConfig:
         return self.recurrence.source_layer if self.recurrence is not None else self.num_layers - 1
 
     @property
+    def latents_are_hidden(self) -> bool:
+        """Whether a token's latent is also what the head reads (source layer last)."""
+        return self.source_layer == self.num_layers - 1
+
+    @property
     def kv_projection(self) -> bool:
         """Whether memory is mixed into keys and values."""
         return self.recurrence is not None and self.recurrence.kv_projection

@@ -3,12 +3,17 @@
 Memory enters `forward` as an argument and latents leave it as a result; where keys and values live is the business of
 the `kv` argument (`kv.py`). Nothing here knows which phase calls it. Source: arXiv 2605.26797, section 3.
 
+The residual stream, latents and memories are at least float32, whatever the weights' type: in bfloat16 alone, two passes of
+refinement would differ by rounding as much as the tolerance allows, and never settle.
+
 Shapes: B batch, T tokens, D hidden size, L layers, N query heads, G key/value heads, H head size (N*H = D), V vocabulary.
 A leading `...` is [B] in training and absent in serving, where the tokens of all sequences lie flat.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,28 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrt_core.config import ModelConfig
+from lrt_core.kernels import norm, rope_norm
 from lrt_core.kv import KV, Heads
 from lrt_core.memory import Gates, MemoryProjection, ProjectedMemory, mix, split_gates
 
-_EPS = torch.finfo(torch.float32).eps
 
-
-def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last axis without learned weights; eps is float32's machine epsilon in every type."""
-    return F.rms_norm(x, (x.shape[-1],), eps=_EPS)
+def stream_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of residual stream, latents and memories for weights of `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class Rope(NamedTuple):
-    """cos and sin of the rotation angles, each [..., T, 1, H/2]."""
+    """cos and sin of the rotation angles, each float32 [..., T, 1, H/2]."""
 
     cos: Tensor
     sin: Tensor
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotate heads [..., T, heads, H]: the first half pairs with the second half."""
-        x1, x2 = x.chunk(2, dim=-1)
-        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
-        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
 def make_rope(config: ModelConfig, positions: Tensor) -> Rope:
@@ -46,7 +44,7 @@ def make_rope(config: ModelConfig, positions: Tensor) -> Rope:
     inverse_frequency = 1.0 / (config.rope_base ** (channels / config.head_dim))
     angles = positions.to(torch.float32).unsqueeze(-1) * inverse_frequency
     dtype = torch.bfloat16 if config.rope_dtype == "bfloat16" else torch.float32
-    return Rope(angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2))
+    return Rope(*(part.to(dtype).float().unsqueeze(-2) for part in (angles.cos(), angles.sin())))
 
 
 class ForwardResult(NamedTuple):
@@ -54,6 +52,32 @@ class ForwardResult(NamedTuple):
 
     hidden: Tensor
     latents: Tensor
+
+
+@dataclass
+class Stream:
+    """A forward under way: the residual stream x and its start x0 [..., T, D], and what every layer reads beside it."""
+
+    x: Tensor
+    x0: Tensor
+    tokens: Tensor
+    rope: Rope
+    memory: Tensor | None
+    projected: Sequence[ProjectedMemory] | None
+    dtype: torch.dtype
+    """What the layers' products compute in (under autocast, autocast's type)."""
+
+    def select(self, rows: Tensor) -> Stream:
+        """The stream of some tokens [R] of a flat batch."""
+        memory = self.memory.index_select(0, rows) if self.memory is not None else None
+        rope = Rope(self.rope.cos.index_select(0, rows), self.rope.sin.index_select(0, rows))
+        taken: dict[int, ProjectedMemory] = {}  # shared projections are one object in every layer's place
+        for one in self.projected or ():
+            if id(one) not in taken:
+                taken[id(one)] = ProjectedMemory(one.key.index_select(0, rows), one.value.index_select(0, rows))
+        projected = [taken[id(one)] for one in self.projected] if self.projected is not None else None
+        x, x0, tokens = (part.index_select(0, rows) for part in (self.x, self.x0, self.tokens))
+        return Stream(x, x0, tokens, rope, memory, projected, self.dtype)
 
 
 class InputProjections(nn.Module):
@@ -99,7 +123,7 @@ class Attention(nn.Module):
         raw_key = mix(flat_key.unflatten(-1, (-1, head_dim)), gates.local, memory and memory.key, gates.memory)
         value = mix(flat_value.unflatten(-1, (-1, head_dim)), gates.local, memory and memory.value, gates.memory)
         value = self._add_value_embedding(value, tokens, gates)
-        return Heads(norm(rope.rotate(query)), norm(rope.rotate(raw_key)), value, raw_key, gates.memory)
+        return Heads(rope_norm(query, *rope), rope_norm(raw_key, *rope), value, raw_key, gates.memory)
 
     def _add_value_embedding(self, value: Tensor, tokens: Tensor, gates: Gates) -> Tensor:
         if self.value_embedding is None or gates.value_embedding is None:
@@ -131,10 +155,10 @@ class Layer(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, tokens: Tensor, rope: Rope, memory: ProjectedMemory | None, kv: KV) -> Tensor:
-        """Residual stream [..., T, D] -> [..., T, D]."""
-        x = x + self.attention(norm(x), tokens, rope, memory, kv)
-        out: Tensor = x + self.mlp(norm(x))
+    def forward(self, x: Tensor, stream: Stream, memory: ProjectedMemory | None, kv: KV) -> Tensor:
+        """Residual stream [..., T, D] after injection -> [..., T, D]; `stream` is what the layers have in common."""
+        x = x + self.attention(norm(x, stream.dtype), stream.tokens, stream.rope, memory, kv)
+        out: Tensor = x + self.mlp(norm(x, stream.dtype))
         return out
 
 
@@ -155,7 +179,7 @@ class LatentRecurrentTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights, and of latents and cache."""
+        """Type of the matrices, and of cached keys and values."""
         return self.embedding.weight.dtype
 
     @property
@@ -170,39 +194,62 @@ class LatentRecurrentTransformer(nn.Module):
         each token's predecessor, explicit zeros where there is none; None exactly when the model has no recurrence.
         kv: stores these tokens' keys and values and attends. Raises ValueError when memory and recurrence disagree.
         """
+        stream = self.begin(tokens, positions, memory)
+        latents = self.run_to_source(stream, kv)
+        return ForwardResult(self.run_from_source(stream, latents, kv), latents)
+
+    # The forward in parts, for a caller that wants the layers above the source on some of the tokens only: memories depend on
+    # the layers up to the source alone.
+
+    def begin(self, tokens: Tensor, positions: Tensor, memory: Tensor | None) -> Stream:
+        """The residual stream before layer 0; arguments as in `forward`."""
         if (memory is None) != (self.config.recurrence is None):
             raise ValueError("memory must be given to a recurrent model (zeros at position 0) and to no other")
-        rope = make_rope(self.config, positions)
-        x = x0 = norm(self.embedding(tokens))
-        projected = self.memory_projection(memory) if self.memory_projection is not None else None
-        latents = x
-        for index, layer in enumerate(self.layers):
-            x = layer(self._inject(index, x, x0, memory), tokens, rope, projected and projected[index], kv)
-            if index == self.config.source_layer:
-                latents = norm(x)
-        last_is_source = self.config.source_layer == self.config.num_layers - 1
-        return ForwardResult(latents if last_is_source else norm(x), latents)
+        x = norm(self.embedding(tokens).to(stream_dtype(self.dtype)))
+        project = self.memory_projection
+        projected = project(memory.to(self.dtype)) if project is not None and memory is not None else None
+        return Stream(x, x, tokens, make_rope(self.config, positions), memory, projected, self.dtype)
 
-    def _inject(self, layer: int, x: Tensor, x0: Tensor, memory: Tensor | None) -> Tensor:
-        """alpha x + beta x0 + gamma memory for one layer, each [..., T, D]."""
-        x = self.residual_scale[layer] * x if self.residual_scale is not None else x
+    def run_to_source(self, stream: Stream, kv: KV) -> Tensor:
+        """Run the layers up to the source, changing `stream.x`; returns the latents [..., T, D]."""
+        self._run(stream, range(self.config.source_layer + 1), kv)
+        return norm(stream.x)
+
+    def run_from_source(self, stream: Stream, latents: Tensor, kv: KV) -> Tensor:
+        """Run the layers above the source, if any, over what `run_to_source` left; returns the hidden states [..., T, D]."""
+        above = range(self.config.source_layer + 1, self.config.num_layers)
+        if not above:
+            return latents
+        self._run(stream, above, kv)
+        return norm(stream.x)
+
+    def _run(self, stream: Stream, layers: range, kv: KV) -> None:
+        for index in layers:
+            memory = stream.projected and stream.projected[index]
+            stream.x = self.layers[index](self._inject(index, stream), stream, memory, kv)
+
+    def _inject(self, layer: int, stream: Stream) -> Tensor:
+        """alpha x + beta x0 + gamma memory for one layer, [..., T, D]."""
+        x = stream.x
+        if self.residual_scale is not None:
+            x = self.residual_scale[layer] * x
         if self.embedding_scale is not None:
-            x = x + self.embedding_scale[layer] * x0
-        if self.memory_scale is not None and memory is not None:
-            x = x + self.memory_scale[layer] * memory
+            x = x + self.embedding_scale[layer] * stream.x0
+        if self.memory_scale is not None and stream.memory is not None:
+            x = x + self.memory_scale[layer] * stream.memory
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> float32 logits [..., V], softly capped at +-config.logit_softcap."""
         cap = self.config.logit_softcap
-        raw = self.head(hidden)[..., : self.config.vocab_size].float()
+        raw = self.head(hidden.to(self.dtype))[..., : self.config.vocab_size].float()
         return cap * torch.tanh(raw / cap)
 
     def zero_memory(self, *shape: int) -> Tensor | None:
         """Explicit zeros [*shape, D] for a recurrent model, None for a plain one."""
         if self.config.recurrence is None:
             return None
-        return torch.zeros(*shape, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        return torch.zeros(*shape, self.config.hidden_size, dtype=stream_dtype(self.dtype), device=self.device)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

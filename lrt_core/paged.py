@@ -2,8 +2,8 @@
 
 One address serves all three: a token slot holds the token's K and V of every layer and its outgoing latent, so whatever shares,
 frees or restores a block of slots does the same to the recurrence. The memory of position t is the latent row of the slot of
-t-1; `zero_row` stands for "no predecessor". Neighbours: the server's block manager hands out slots, its batch builder fills
-`PagedBatch`; `kv.py` describes the seam.
+t-1; `zero_row` stands for "no predecessor". Neighbours: the server's block manager hands out slots, its batch builder makes
+the groups; `kv.py` describes the seam.
 
 Shapes: T tokens of the step (all sequences flat), S sequences, C context length, N query heads, G key/value heads, H head size,
 D hidden size.
@@ -18,18 +18,21 @@ from torch import Tensor
 
 from lrt_core.attention import attention
 from lrt_core.config import ModelConfig
+from lrt_core.kernels import decode_attention
 from lrt_core.kv import Heads
+from lrt_core.model import stream_dtype
 
 
 class PagedPool:
-    """Storage for `num_slots` tokens: keys and values [L, num_slots, G, H], latents [num_slots + 1, D], last row zero."""
+    """Storage for `num_slots` tokens: keys and values [L, num_slots, G, H] in `dtype`, latents
+    [num_slots + 1, D] in at least float32, the last row zero."""
 
     def __init__(self, config: ModelConfig, num_slots: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.config, self.num_slots = config, num_slots
         shape = (config.num_layers, num_slots, config.num_kv_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.latents = torch.zeros((num_slots + 1, config.hidden_size), dtype=dtype, device=device)
+        self.latents = torch.zeros((num_slots + 1, config.hidden_size), dtype=stream_dtype(dtype), device=device)
 
     @property
     def zero_row(self) -> int:
@@ -39,7 +42,8 @@ class PagedPool:
     @staticmethod
     def bytes_per_slot(config: ModelConfig, dtype: torch.dtype) -> int:
         """Memory of one token: K and V of all layers and one latent."""
-        return (2 * config.num_layers * config.kv_size + config.hidden_size) * dtype.itemsize
+        keys_and_values = 2 * config.num_layers * config.kv_size * dtype.itemsize
+        return keys_and_values + config.hidden_size * stream_dtype(dtype).itemsize
 
     def store_latents(self, slots: Tensor, latents: Tensor) -> None:
         """Write latents [T, D] to `slots` [T]."""
@@ -101,19 +105,14 @@ class PagedKV:
         masks = self._layer_masks(self.pool.config.window(layer))
         parts = []
         if self.decodes is not None:
-            parts.append(self._attend_decodes(self.decodes, heads.query, keys, values, masks[0]))
+            slots, context_lens = self.decodes.slots, self.decodes.context_lens
+            query, window = heads.query[: len(slots)], self.pool.config.window(layer)
+            parts.append(decode_attention(query, keys, values, slots, context_lens, masks[0], window))
         for group, mask in zip(self.windows, masks[1:], strict=True):
             query = heads.query[group.start : group.start + group.num_tokens].unsqueeze(0)
             context_keys, context_values = keys[group.slots].unsqueeze(0), values[group.slots].unsqueeze(0)
             parts.append(attention(query, context_keys, context_values, mask=mask)[0])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _attend_decodes(self, group: DecodeGroup, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """Rows 0..S of the batch. The query heads of one KV head stand as its queries, so nothing is repeated for GQA."""
-        num_rows, num_kv_heads = group.slots.shape[0], keys.shape[1]
-        grouped = query[:num_rows].reshape(num_rows, num_kv_heads, -1, query.shape[-1]).transpose(1, 2)
-        out = attention(grouped, keys[group.slots], values[group.slots], mask=mask)
-        return out.transpose(1, 2).flatten(1, 2)
 
     def _layer_masks(self, window: int) -> list[Tensor]:
         """Masks of the decode group (an empty tensor without one) and of every window, made once per window size."""

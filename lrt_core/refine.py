@@ -2,7 +2,7 @@
 
 Pass j runs every position with the latents of pass j-1, shifted, as memories (pass 0: zeros). After pass j the first j+1
 positions are exact; a trained recurrence contracts, so all of them come within any tolerance far sooner. The stopping rule is
-the relative change of each incoming memory. `num_settled` is the same rule for a window that slides over a long prompt, as
+the relative change of each incoming memory. `window.py` has the same rule for a window that slides over a long prompt, as
 the server reads it. Source: paper section 3 (refinement); the window is this project's.
 
 Shapes: B batch, T tokens, D hidden size.
@@ -10,26 +10,23 @@ Shapes: B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lrt_core.kv import CausalKV, Heads
+from lrt_core.kv import CausalKV
 from lrt_core.memory import shift
 from lrt_core.model import LatentRecurrentTransformer
 
 
 @dataclass(frozen=True)
 class Refined:
-    """hidden and latents [B, T, D] of the last pass; residuals: per pass, the largest relative change of a memory; heads:
-    every layer's attention inputs of the last pass, ready for a cache."""
+    """hidden and latents [B, T, D] of the last pass; residuals: per pass, the largest relative change of a memory."""
 
     hidden: Tensor
     latents: Tensor
     residuals: list[float]
-    heads: list[Heads]
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:
@@ -38,20 +35,6 @@ def relative_change(new: Tensor, old: Tensor) -> Tensor:
     difference: Tensor = torch.linalg.vector_norm(new - old, dim=-1)
     size: Tensor = torch.linalg.vector_norm(new, dim=-1)
     return difference / size.clamp_min(1e-30)
-
-
-def num_settled(changes: Sequence[float], tolerance: float) -> int:
-    """How many leading rows of a window of len(changes) + 1 rows are final after a pass.
-
-    changes[j] is the relative change, in this pass, of the memory that enters row j + 1. Row 0's memory was final already, so
-    it always settles; each next row does while what entered it was within tolerance of what should have.
-    """
-    count = 1
-    for change in changes:
-        if not change <= tolerance:
-            break
-        count += 1
-    return count
 
 
 @torch.no_grad()
@@ -65,9 +48,7 @@ def refine(model: LatentRecurrentTransformer, tokens: Tensor, tolerance: float, 
     memory = model.zero_memory(*tokens.shape)
     residuals: list[float] = []
     while True:
-        kv = CausalKV(model.config, record=True)
-        hidden, latents = model(tokens, positions, memory, kv)
-        assert kv.recorded is not None
+        hidden, latents = model(tokens, positions, memory, CausalKV(model.config))
         if memory is not None:
             new_memory = shift(latents)
             change = relative_change(new_memory[:, 1:], memory[:, 1:])
@@ -75,4 +56,4 @@ def refine(model: LatentRecurrentTransformer, tokens: Tensor, tolerance: float, 
             memory = new_memory
         done = not residuals or residuals[-1] <= tolerance or len(residuals) >= min(length, max_passes or length)
         if done:
-            return Refined(hidden, latents, residuals, kv.recorded)
+            return Refined(hidden, latents, residuals)

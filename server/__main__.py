@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -61,7 +63,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         self._tasks.append(self._loop.create_task(self._watch()))
-        logger.info(self._greeting)
+        print(f"INFO: {self._greeting}", file=sys.stderr, flush=True)
         if self._is_stopping:
             self._begin_drain()
 
@@ -104,13 +106,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in unknown_variables(os.environ):
         logger.warning("the environment variable %s is no setting of this server", name)
     try:
-        with _bind(settings.host, settings.port) as listener:
+        with _ending_cleanly(), _bind(settings.host, settings.port) as listener:
             return _serve(settings, listener)
     except StartError as error:
         print(f"lrt-server: error: {error}", file=sys.stderr)
         return error.status
-    except KeyboardInterrupt:
-        return 130
+
+
+@contextmanager
+def _ending_cleanly() -> Iterator[None]:
+    """While the model loads there is nothing to finish: a signal ends the process with status 0. Later uvicorn's handlers
+    take its place."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(0)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -123,7 +139,7 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(0)
+        listener.listen()
     except OSError as error:
         listener.close()
         raise StartError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
@@ -131,12 +147,14 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _serve(settings: ServerConfig, listener: socket.socket) -> int:
-    from server.api.app import create_app  # these bring torch, which takes seconds
+    from server.loading import answering
 
-    service, greeting = _load(settings)
-    app = create_app(service)
+    with answering(listener):
+        from server.api.app import create_app  # this brings torch, which takes seconds
+
+        service, greeting = _load(settings)
     config = uvicorn.Config(
-        app,
+        create_app(service),
         log_config=None,
         log_level="warning" if settings.log_level == "info" else settings.log_level,
         access_log=settings.log_level == "debug",
@@ -151,8 +169,9 @@ def _serve(settings: ServerConfig, listener: socket.socket) -> int:
 def _load(settings: ServerConfig) -> tuple[Service, str]:
     """The engine and what surrounds it, and a line that tells of it. Raises StartError."""
     from lrt_core.checkpoint import BUNDLED, CheckpointError, load_config
+    from lrt_core.kernels import is_native
     from server.api.service import Service
-    from server.engine.loader import LoadError, fingerprint, load_engine
+    from server.engine.loader import LoadError, load_engine
     from server.metrics import EngineMetrics
 
     checkpoint = settings.checkpoint or BUNDLED
@@ -168,14 +187,15 @@ def _load(settings: ServerConfig) -> tuple[Service, str]:
         raise StartError(str(error)) from None
     model = engine.engine.runner.model
     dtype = str(model.dtype).removeprefix("torch.")
-    metrics.describe(engine.config, dtype, model.config.hidden_size * model.dtype.itemsize, time.monotonic() - started)
+    metrics.describe(engine.config, dtype, engine.engine.runner.pool.latents[0].nbytes, time.monotonic() - started)
     recurrence = model.config.recurrence
     path = f"{recurrence.variant}, source layer {recurrence.source_layer}" if recurrence else "off"
-    greeting = f"serving {names[0]} ({checkpoint}): recurrence {path}; {dtype}; cache of {engine.config.capacity} tokens"
+    operators = f"{dtype}, {'native' if is_native() else 'torch'} kernels"
+    greeting = f"serving {names[0]} ({checkpoint}): recurrence {path}; {operators}; cache of {engine.config.capacity} tokens"
     service = Service(
         engine=engine,
         model_names=names,
-        fingerprint=f"{fingerprint(model)}-{dtype}-{engine.config.prefill}",
+        fingerprint=f"{engine.engine.weights_id}-{dtype}-{engine.config.prefill}",
         created=int(time.time()),
         exposition=metrics.exposition,
         max_body_size=settings.max_body_size,
@@ -200,6 +220,8 @@ def _load_options(settings: ServerConfig, checkpoint: Path) -> LoadOptions:
         prefill=settings.prefill,
         prefill_window=settings.prefill_window,
         prefill_tolerance=settings.prefill_tolerance,
+        prefix_caching=not settings.no_prefix_caching,
+        check_invariants=settings.check_invariants,
     )
 
 

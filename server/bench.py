@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lrt_core.checkpoint import BUNDLED, load_config, load_model
+from lrt_core.checkpoint import BUNDLED, CheckpointError, load_config, load_model
 from lrt_core.config import ModelConfig, RecurrenceConfig
 from lrt_core.fused import fuse
 from lrt_core.hardware import has_fast_bf16
@@ -110,7 +110,9 @@ def _fastest(work: Callable[[], object]) -> float:
 def make_engine(model: LatentRecurrentTransformer, prefill: PrefillMode, max_num_seqs: int, max_len: int) -> Engine:
     """An engine with room for max_num_seqs sequences of max_len tokens."""
     num_blocks = max_num_seqs * -(-max_len // 16)
-    config = EngineConfig(max_len, num_blocks, prefill=prefill, tolerance=DEFAULT_TOLERANCE[model.dtype])
+    tolerance = DEFAULT_TOLERANCE[model.dtype]
+    # Repetitions send the same prompts; the prefix cache would answer for them.
+    config = EngineConfig(max_len, num_blocks, prefill=prefill, tolerance=tolerance, prefix_caching=False)
     return Engine(ModelRunner(model, config), eos_ids=(), seed=0)
 
 
@@ -181,8 +183,17 @@ def _models(args: argparse.Namespace, dtype: torch.dtype) -> list[tuple[str, Lat
 def _model_argument(text: str) -> str | Path:
     if text == "d12":
         return text
-    load_config(Path(text))
+    try:
+        load_config(Path(text))
+    except CheckpointError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return Path(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -190,10 +201,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("mode", choices=("offline", "prefill"))
     parser.add_argument("--model", type=_model_argument, default=BUNDLED, help="d12 or a checkpoint (default: the bundled one)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--prompt-len", type=int, help="tokens (default: 32 offline, 256 prefill)")
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--clients", type=_count, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--prompt-len", type=_count, help="tokens (default: 32 offline, 256 prefill)")
+    parser.add_argument("--new-tokens", type=_count, default=128)
+    parser.add_argument("--repetitions", type=_count, default=3)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     return parser
 

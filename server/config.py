@@ -41,6 +41,8 @@ class ServerConfig:
     prefill: Literal["window", "sequential"] = "window"
     prefill_window: int = 128
     prefill_tolerance: float | None = None
+    no_prefix_caching: bool = False
+    check_invariants: bool = False
     max_body_size: int = 16 * 2**20
     shutdown_timeout: float = 60.0
     lenient: bool = False
@@ -187,13 +189,17 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         choices=("window", "sequential"),
         help="how prompts are read (default window)",
     )
-    add("--prefill-window", type=_count, metavar="N", help="largest refinement window (default 128)")
+    add(
+        "--prefill-window", type=_count, metavar="N", help="largest refinement window (default 128, at most the rows of a step)"
+    )
     add(
         "--prefill-tolerance",
         type=_seconds,
         metavar="X",
         help="relative change below which a memory counts as settled (default 1e-5 in float32, 4e-3 in bfloat16)",
     )
+    add("--no-prefix-caching", action="store_true", help="compute every prompt anew instead of reusing common beginnings")
+    add("--check-invariants", action="store_true", help="verify the cache's books after every step; a failure stops the engine")
 
 
 def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> ServerConfig:
@@ -220,8 +226,8 @@ def _from_environment(parser: argparse.ArgumentParser, environment: Mapping[str,
     values = {}
     for action in parser._actions:
         text = environment.get(variable(action.dest))
-        if text is None or action.dest == "help":
-            continue
+        if text is None or action.dest == "help" or (text == "" and action.nargs != 0):
+            continue  # an empty variable is an unset one
         try:
             values[action.dest] = _convert(action, text)
         except argparse.ArgumentTypeError as error:

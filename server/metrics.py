@@ -58,6 +58,7 @@ class EngineMetrics:
         details = {
             "block_size": config.block_size,
             "cache_dtype": dtype,
+            "enable_prefix_caching": config.prefix_caching,
             "num_gpu_blocks": config.num_blocks,
             "prefill": config.prefill,
             "tolerance": config.tolerance,
@@ -80,6 +81,9 @@ class EngineMetrics:
         self._preemptions.inc(stats.num_preemptions)
         self._recomputed.inc(stats.num_recomputed_tokens)
         self._prompt_tokens.inc(stats.num_settled_prompt_tokens)
+        self._prefix_queries.inc(stats.num_prefix_queries)
+        self._prefix_hits.inc(stats.num_prefix_hits)
+        self._cached_prompt_tokens.inc(stats.num_prefix_hits)
         if stats.num_scheduled_tokens > 0:
             self._step_tokens.observe(stats.num_scheduled_tokens)
             self._step_seconds.observe(stats.step_seconds)
@@ -141,6 +145,9 @@ class EngineMetrics:
         self._preemptions = self._counter("num_preemptions", "Times a running sequence lost its blocks to another.")
         self._recomputed = self._counter("recomputed_tokens", "Tokens computed again after a preemption.")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens read.")
+        self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self._cached_prompt_tokens = self._counter("prompt_tokens_cached", "Prompt tokens taken from the cache, not computed.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         name = f"{self._prefix}:request_success"
         self._success = Counter(name, "Samples that ended, by reason.", (*LABELS, "finished_reason"), registry=self.registry)

@@ -48,12 +48,16 @@ def request(
     ignore_eos: bool = False,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    priority: int = 0,
+    cache_salt: str | None = None,
     **sampling: Any,
 ) -> GenerationRequest:
     """Greedy unless told otherwise; further names are those of SamplingParams."""
     params = SamplingParams(**{"temperature": 0.0, **sampling})
     stopping = StoppingParams(max_tokens, ignore_eos, stop)
-    return GenerationRequest(request_id, tuple(prompt_ids), params, stopping, n, logprobs, prompt_logprobs)
+    return GenerationRequest(
+        request_id, tuple(prompt_ids), params, stopping, n, logprobs, prompt_logprobs, priority, cache_salt
+    )
 
 
 @dataclass

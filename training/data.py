@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import sysconfig
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +116,7 @@ def _read_file(path: Path, name: str, skipped: list[str]) -> list[Document]:
                 Document(f"{name}#{index}", piece)
                 for index, piece in enumerate(_pieces(path.read_text("utf-8"), TEXT_CHARACTERS))
             ]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     raise DataError(f"{path}: unknown kind of file, expected {', '.join(TEXT_SUFFIXES + RECORD_SUFFIXES)}")
 
@@ -143,7 +144,7 @@ def _read_records(path: Path, name: str, skipped: list[str]) -> list[Document]:
                 continue
             try:
                 documents.append(Document(f"{name}#{number}", _record_text(line)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 skipped.append(f"{path}: line {number}: {error}")
     if not documents:
         raise DataError(f"{path}: no line is a JSON object with a string `text`")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from lrt_core.files import read_json, write_json, write_text
+from lrt_core.hardware import has_fast_bf16
 from lrt_core.model import LatentRecurrentTransformer
 from lrt_core.tokenizer import Tokenizer
 from training.config import Precision, TrainingConfig
@@ -97,9 +98,11 @@ class Trainer:
     def _restore(self, state: TrainingState) -> None:
         self.model.load_state_dict(state.model)
         self.optimizer.load_state_dict(state.optimizer)
-        self.packer.position = Position.from_dict(state.position)
         self.num_steps_done, self.elapsed = state.step, state.elapsed
         self.data_changed = state.data_fingerprint != self.corpus.fingerprint()
+        position = Position.from_dict(state.position)
+        # A position counts documents; among others it means nothing, so changed data begins a new epoch.
+        self.packer.position = Position(position.epoch + 1) if self.data_changed else position
         torch.set_rng_state(state.rng)
 
     data_changed = False
@@ -218,7 +221,4 @@ def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
     """Whether forwards run in bfloat16: as told, or with `auto` where the hardware multiplies it natively."""
     if precision != "auto":
         return precision == "bfloat16"
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return device.type in ("cpu", "cuda") and has_fast_bf16(device)

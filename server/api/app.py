@@ -29,7 +29,7 @@ def create_app(service: Service) -> FastAPI:
         finally:
             await service.engine.stop(drain=False)
 
-    app = FastAPI(title="lrt-server", lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(title="lrt-server", lifespan=lifespan, redirect_slashes=False, openapi_url=None)
     install_error_handlers(app)
     app.add_exception_handler(ClientDisconnect, _forget)
     add_completions(app, service)

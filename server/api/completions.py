@@ -126,7 +126,7 @@ def add_completions(app: FastAPI, service: Service) -> None:
             service.check_model(fields.model)
         completion = Completion(service, fields, await reader.read(fields.prompt, fields.max_tokens))
         headers = _warning(dropped)
-        streams = await _admit(service, completion.requests())
+        streams = service.engine.admit_all(completion.requests())
         if fields.stream:
             return EventStreamResponse(_events(completion, streams), streams, headers)
         async with aborting(streams):
@@ -138,21 +138,6 @@ def _warning(dropped: Sequence[str]) -> dict[str, str]:
         return {}
     names = re.sub(r"[^\w.\- ,]", "?", ", ".join(dropped), flags=re.ASCII)
     return {"warning": f'299 lrt-server "ignored unknown fields: {names[:500]}"'}
-
-
-async def _admit(service: Service, requests: Sequence[GenerationRequest]) -> list[RequestStream]:
-    """All of the requests or none. Raises as `AsyncEngine.admit` does."""
-    for request in requests:
-        service.engine.check(request)
-    streams: list[RequestStream] = []
-    try:
-        for request in requests:
-            streams.append(service.engine.admit(request))
-    except Exception:
-        for stream in streams:
-            await stream.aclose()
-        raise
-    return streams
 
 
 async def _collect(completion: Completion, streams: Sequence[RequestStream]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def from_exception(error: Exception) -> ApiError:
     if isinstance(error, PromptTooLongError):
         return bad_request(str(error), param="prompt", code="context_length_exceeded")
     if isinstance(error, RequestError):
-        return bad_request(str(error), param="prompt")
+        return bad_request(str(error), param=error.param)
     if isinstance(error, AdmissionError) and error.reason == "queue_full":
         return ApiError(429, str(error), kind="rate_limit_error", code="queue_full", headers=RETRY_AFTER)
     if isinstance(error, AdmissionError) and error.reason == "draining":

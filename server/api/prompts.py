@@ -55,6 +55,10 @@ class PromptReader:
         return prompt
 
     def _encode(self, text: str) -> Prompt:
+        if not text:
+            raise bad_request(
+                "'prompt' is empty; to start from nothing, give the document-start token as an id", param="prompt"
+            )
         at_least = -(-len(text.encode("utf-8")) // self.longest_token)
         if at_least > self.max_model_len:
             raise self._too_long(f"at least {at_least}")
@@ -62,8 +66,6 @@ class PromptReader:
             ids = self.tokenizer.encode(text)
         except TokenizerError as error:
             raise bad_request(f"'prompt' cannot be tokenised: {error}", param="prompt") from None
-        if not ids:
-            raise bad_request("'prompt' is empty, and this model puts no token before a text", param="prompt")
         return Prompt(tuple(ids), text, hidden=int(self.tokenizer.add_bos))
 
     def _check_ids(self, prompt: Prompt) -> None:

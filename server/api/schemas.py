@@ -18,6 +18,7 @@ MAX_SAMPLES = 128
 MAX_CHOICES = 1024
 """Bounds of `n`, and of n times the prompts of one request."""
 MAX_LOGPROBS = 20
+MAX_STOPS = 1024
 MAX_PROBLEMS = 10
 INT64 = 2**63
 
@@ -72,6 +73,8 @@ def _parse_stop(value: object) -> tuple[str, ...]:
         raise ValueError("must be a string or a list of strings")
     if "" in stop:
         raise ValueError("must not contain an empty string")
+    if len(stop) > MAX_STOPS:
+        raise ValueError(f"must not hold more than {MAX_STOPS} strings")
     return tuple(map(_valid_text, stop))
 
 

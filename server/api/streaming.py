@@ -6,6 +6,7 @@ Neighbours: `completions.py` uses all three for plain and streamed responses.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
@@ -41,18 +42,24 @@ async def merge(streams: Sequence[RequestStream], idle_seconds: float) -> AsyncG
             arrived.append((index, delta))
             news.set()
 
+    async def wait_for_news() -> bool:
+        """False when none came in time. (asyncio.wait_for can swallow a cancellation that meets the news.)"""
+        timer = asyncio.get_running_loop().call_later(idle_seconds, news.set)
+        started = time.monotonic()
+        await news.wait()
+        timer.cancel()
+        news.clear()
+        return bool(arrived) or time.monotonic() - started < idle_seconds
+
     tasks = [asyncio.ensure_future(pump(index, stream)) for index, stream in enumerate(streams)]
     for task in tasks:
         task.add_done_callback(lambda _task: news.set())
     try:
         while not all(task.done() for task in tasks) or arrived:
-            timer = asyncio.get_running_loop().call_later(idle_seconds, news.set)
-            await news.wait()
-            timer.cancel()
-            news.clear()
+            is_silent = not await wait_for_news()
             batch, arrived[:] = arrived[:], []
             failed = next((task for task in tasks if task.done() and task.exception() is not None), None)
-            if batch or not any(task.done() for task in tasks):
+            if batch or is_silent:
                 yield batch
             if failed is not None:
                 failed.result()

@@ -13,10 +13,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceABC
 
 from lrt_core.tokenizer import Tokenizer
 from server.engine.engine import Engine, SequenceOutput, StepOutput
-from server.engine.request import AdmissionError, Delta, FinishReason, GenerationRequest
+from server.engine.request import AdmissionError, Delta, FinishReason, GenerationRequest, RequestError
 from server.engine.sample import Sample
 from server.engine.sequence import Sequence
 from server.engine.stats import EngineObserver, NullObserver, StepStats
@@ -68,7 +69,7 @@ class RequestStream:
 class AsyncEngine:
     """Admission, delivery and lifetime of one `Engine`.
 
-    All methods belong to the event loop that called `start`. on_death is called there once if the engine's thread fails.
+    All methods belong to the event loop that called `start`.
     """
 
     def __init__(
@@ -76,12 +77,10 @@ class AsyncEngine:
         engine: Engine,
         tokenizer: Tokenizer,
         observer: EngineObserver | None = None,
-        on_death: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.engine, self.tokenizer = engine, tokenizer
         self.config, self.model_config = engine.config, engine.runner.model.config
         self.observer: EngineObserver = observer or NullObserver()
-        self.on_death = on_death
         self.error: BaseException | None = None
         self.is_draining = False
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -126,14 +125,24 @@ class AsyncEngine:
             await asyncio.to_thread(self._thread.join)
             self._thread = None
 
-    def check(self, request: GenerationRequest) -> None:
-        """Raise PromptTooLongError or RequestError for a request that can never be served."""
-        self.engine.check(request)
-
     def admit(self, request: GenerationRequest) -> RequestStream:
-        """Queue a request and return its stream. Raises as `check` does, and AdmissionError when none is taken now."""
-        self.check(request)
-        self._refuse_if_unable(request)
+        """Queue a request and return its stream; raises as `admit_all`."""
+        return self.admit_all([request])[0]
+
+    def admit_all(self, requests: SequenceABC[GenerationRequest]) -> list[RequestStream]:
+        """Queue requests that belong together, all or none, and return their streams.
+
+        Raises PromptTooLongError or RequestError when they can never be served, AdmissionError when not now.
+        """
+        for request in requests:
+            self.engine.check(request)
+        num_samples = sum(request.n for request in requests)
+        if num_samples > self.config.max_num_admitted:
+            raise RequestError(f"{num_samples} samples in one request, the server takes {self.config.max_num_admitted} in all")
+        self._refuse_if_unable(num_samples)
+        return [self._admit(request) for request in requests]
+
+    def _admit(self, request: GenerationRequest) -> RequestStream:
         now = time.monotonic()
         if not self._streams:
             self._last_progress = now
@@ -151,13 +160,13 @@ class AsyncEngine:
                 if not sample.finished:
                     self._finish_sample(stream, sample, Delta(sample.index, finish_reason="abort"))
 
-    def _refuse_if_unable(self, request: GenerationRequest) -> None:
+    def _refuse_if_unable(self, num_samples: int) -> None:
         refusal: AdmissionError | None = None
         if self.is_draining and self.error is None:
             refusal = AdmissionError("draining", "the server is shutting down and takes no new requests")
         elif self.error is not None or self._thread is None:
             refusal = AdmissionError("engine_dead", "the engine is not running")
-        elif self._num_unfinished() + request.n > self.config.max_num_admitted:
+        elif self._num_unfinished() + num_samples > self.config.max_num_admitted:
             refusal = AdmissionError("queue_full", "too many requests are waiting; try again later")
         if refusal is not None:
             self.observer.on_rejection(refusal.reason)
@@ -257,5 +266,3 @@ class AsyncEngine:
             stream.push(error)
             self._streams.discard(stream)
         self._idle.set()
-        if self.on_death is not None and self.error is not None:
-            self.on_death(self.error)

@@ -40,7 +40,7 @@ def build(windows: Sequence[ScheduledWindow], pool: PagedPool, block_size: int) 
         sequence, end = window.sequence, window.start + window.num_tokens
         tokens += sequence.token_ids[window.start : end]
         positions += range(window.start, end)
-        own = _slots(sequence.block_table, window.start, end, block_size)
+        own = slots_of(sequence.block_table, window.start, end, block_size)
         slots += own
         memory_rows += _memory_rows(window, own, pool.zero_row, block_size)
         offsets.append(len(tokens))
@@ -50,14 +50,34 @@ def build(windows: Sequence[ScheduledWindow], pool: PagedPool, block_size: int) 
     return Batch(ordered, offsets, flat[0], flat[1], flat[2], flat[3], kv)
 
 
-def _slots(block_table: list[int], start: int, end: int, block_size: int) -> list[int]:
+def settled_part(batch: Batch, num_settled: Sequence[int]) -> tuple[Tensor, list[int], PagedKV]:
+    """The leading num_settled[i] rows of every window i: their rows in the batch [R], the windows' offsets among them, and the
+    pool as they see it."""
+    rows: list[int] = []
+    offsets = [0]
+    groups = []
+    num_decodes = len(batch.windows) - len(batch.kv.windows)
+    for index, (start, count) in enumerate(zip(batch.offsets, num_settled, strict=False)):
+        rows += range(start, start + count)
+        if index >= num_decodes:
+            group = batch.kv.windows[index - num_decodes]
+            context = len(group.slots) - group.num_tokens + count
+            groups.append(WindowGroup(offsets[-1], count, group.slots[:context]))
+        offsets.append(len(rows))
+    index_of_rows = torch.tensor(rows, device=batch.slots.device)
+    kv = PagedKV(batch.kv.pool, batch.slots.index_select(0, index_of_rows), batch.kv.decodes, groups)
+    return index_of_rows, offsets, kv
+
+
+def slots_of(block_table: list[int], start: int, end: int, block_size: int) -> list[int]:
+    """Pool slots of positions start..end - 1."""
     return [block_table[p // block_size] * block_size + p % block_size for p in range(start, end)]
 
 
 def _memory_rows(window: ScheduledWindow, slots: list[int], zero_row: int, block_size: int) -> list[int]:
     """Latent row of each position's predecessor, where one has been computed since the sequence was placed."""
     sequence, start = window.sequence, window.start
-    before = _slots(sequence.block_table, start - 1, start, block_size) if start else [zero_row]
+    before = slots_of(sequence.block_table, start - 1, start, block_size) if start else [zero_row]
     rows = before + slots[:-1]
     num_known = sequence.num_touched_tokens - start + 1
     return rows if num_known >= len(rows) else rows[: max(num_known, 1)] + [zero_row] * (len(rows) - max(num_known, 1))
@@ -70,7 +90,7 @@ def _groups(
     decodes = _decode_group(windows[:num_decodes], block_size, device) if num_decodes else None
     groups = []
     for window, offset in zip(windows[num_decodes:], offsets[num_decodes:-1], strict=True):
-        context = _slots(window.sequence.block_table, 0, window.start + window.num_tokens, block_size)
+        context = slots_of(window.sequence.block_table, 0, window.start + window.num_tokens, block_size)
         groups.append(WindowGroup(offset, window.num_tokens, torch.tensor(context, device=device)))
     return decodes, groups
 
@@ -81,4 +101,4 @@ def _decode_group(windows: list[ScheduledWindow], block_size: int, device: torch
     tables = [(window.sequence.block_table + [0] * num_blocks)[:num_blocks] for window in windows]
     blocks = torch.tensor(tables, device=device)
     slots = (blocks.unsqueeze(-1) * block_size + torch.arange(block_size, device=device)).flatten(1)
-    return DecodeGroup(slots[:, : max(context_lens)], torch.tensor(context_lens, device=device))
+    return DecodeGroup(slots[:, : max(context_lens)].contiguous(), torch.tensor(context_lens, device=device))

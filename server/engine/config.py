@@ -15,7 +15,8 @@ class EngineConfig:
     max_model_len: prompt + output of one sequence. max_num_seqs: sequences that run at once. max_num_batched_tokens: rows of
     one step's forward. num_blocks * block_size: capacity of the paged pool. max_num_waiting: queue length beyond which
     requests are refused. prefill: how prompts are read; window is the largest refinement window; tolerance the relative L2
-    change of an incoming memory below which a position counts as settled.
+    change of an incoming memory below which a position counts as settled. prefix_caching: reuse settled blocks of earlier
+    sequences.
     """
 
     max_model_len: int
@@ -27,6 +28,7 @@ class EngineConfig:
     prefill: PrefillMode = "window"
     window: int = 128
     tolerance: float = 1e-5
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "window"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Collection
@@ -12,8 +13,8 @@ from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
 from server.engine.model_runner import ModelRunner, WindowResult
 from server.engine.request import FinishReason, GenerationRequest, PromptTooLongError, RequestError, TokenLogprob
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
+from server.engine.scheduler import ScheduledWindow, Scheduler
+from server.engine.sequence import Sequence, Status
 from server.engine.stats import StepStats
 
 
@@ -45,53 +46,75 @@ class Engine:
     """
 
     def __init__(
-        self, runner: ModelRunner, eos_ids: Collection[int], check_invariants: bool = False, seed: int | None = None
+        self,
+        runner: ModelRunner,
+        eos_ids: Collection[int],
+        check_invariants: bool = False,
+        seed: int | None = None,
+        weights_id: str = "",
     ) -> None:
         self.runner, self.config = runner, runner.config
         self.eos_ids = frozenset(eos_ids)
-        self.blocks = BlockManager(self.config.num_blocks, self.config.block_size)
-        self.scheduler = Scheduler(self.config, self.blocks)
+        self.weights_id = weights_id
+        root = f"{weights_id} {runner.model.dtype} {self.config.prefill} {self.config.window} {self.config.tolerance}"
+        root_or_none = root if self.config.prefix_caching else None
+        self.blocks = BlockManager(self.config.num_blocks, self.config.block_size, root_or_none)
+        self.scheduler = Scheduler(self.config, self.blocks, runner.model.config.latents_are_hidden)
         self.check_invariants = check_invariants
         self._random = random.Random(seed)
+        self._numbers = itertools.count()
 
     def check(self, request: GenerationRequest) -> None:
         """Raise PromptTooLongError or RequestError for a request that can never be served."""
         check_request(self.config, self.runner.model.config.vocab_size, request)
 
     def add(self, request: GenerationRequest) -> list[Sequence]:
-        """Queue the request's samples; without a seed of its own a request draws one."""
+        """Queue the request's samples, of which the first reads the prompt for all; without a seed a request draws one."""
         self.check(request)
         seed = request.sampling.seed if request.sampling.seed is not None else self._random.getrandbits(63)
-        sequences = [Sequence(request, index, seed + index) for index in range(request.n)]
-        for sequence in sequences:
-            self.scheduler.add(sequence)
+        sequences = [Sequence(request, index, seed + index, next(self._numbers)) for index in range(request.n)]
+        self._lead(sequences)
         return sequences
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence from outside (its client is gone, a stop string matched); a finished one stays as it is."""
         self.scheduler.finish(sequence, reason)
+        siblings, sequence.siblings = sequence.siblings, []
+        self._lead([sibling for sibling in siblings if not sibling.finished])
+
+    def _lead(self, sequences: list[Sequence]) -> None:
+        """Queue the first sequence and let the others wait for it to read their common prompt."""
+        if sequences:
+            leader, *leader.siblings = sequences
+            for sibling in leader.siblings:
+                sibling.status = Status.HELD
+            self.scheduler.add(leader)
 
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether a step would do anything (samples that wait for a sibling imply that the sibling is at work)."""
         return self.scheduler.has_work()
 
     def step(self) -> StepOutput:
         """Run one step over what is scheduled."""
         started = time.monotonic()
-        preemptions, recomputed = self.scheduler.num_preemptions, self.scheduler.num_recomputed_tokens
+        before = replace(self.scheduler.totals)
         windows = self.scheduler.schedule()
+        copies, self.blocks.copies = self.blocks.copies, []
         output = StepOutput()
         if windows:
             for window in windows:
                 window.sequence.first_scheduled = window.sequence.first_scheduled or started
-            results = self.runner.execute(windows)
+            self._drop_finished_siblings(windows)
+            results = self.runner.execute(windows, copies)
             self._count(results, output.stats)
             for result in results:
                 output.outputs += self._advance(result)
         output.stats = replace(
             output.stats,
-            num_preemptions=self.scheduler.num_preemptions - preemptions,
-            num_recomputed_tokens=self.scheduler.num_recomputed_tokens - recomputed,
+            num_preemptions=self.scheduler.totals.num_preemptions - before.num_preemptions,
+            num_recomputed_tokens=self.scheduler.totals.num_recomputed_tokens - before.num_recomputed_tokens,
+            num_prefix_queries=self.scheduler.totals.num_prefix_queries - before.num_prefix_queries,
+            num_prefix_hits=self.scheduler.totals.num_prefix_hits - before.num_prefix_hits,
             step_seconds=time.monotonic() - started if windows else 0.0,
         )
         self.fill_gauges(output.stats)
@@ -116,25 +139,48 @@ class Engine:
                 stats.num_settled_prompt_tokens += num_new
                 sequence.num_counted_prompt_tokens += num_new
                 if settled >= sequence.num_prompt_tokens:
-                    stats.refinement_passes.append((sequence.num_computed_rows + window.num_tokens) / settled)
+                    rows = sequence.num_computed_rows + window.num_tokens
+                    stats.refinement_passes.append(rows / (settled - sequence.num_cached_tokens))
 
     def _advance(self, result: WindowResult) -> list[SequenceOutput]:
-        """Apply one window's result to its sequence."""
+        """Apply one window's result to its sequence; when that has read its prompt, its siblings set out too."""
         window, sequence = result.window, result.window.sequence
         sequence.advance(result.num_settled, window.num_tokens)
+        self.blocks.register(sequence)
         sequence.prompt_logprobs += result.prompt_logprobs
         if sequence.num_uncomputed_tokens > 0:
             return []
-        output = SequenceOutput(sequence, result.token)
+        siblings, sequence.siblings = sequence.siblings, []
+        tokens: list[TokenLogprob | None] = [*result.tokens] or [None] * (1 + len(siblings))
+        outputs = [self._take_token(sequence, tokens[0])]
+        for sibling, token in zip(siblings, tokens[1:], strict=True):
+            sibling.prompt_logprobs = sequence.prompt_logprobs
+            sibling.first_scheduled = sequence.first_scheduled
+            sibling.num_cached_prompt_tokens = sequence.num_cached_prompt_tokens
+            sibling.num_counted_prompt_tokens = sequence.num_counted_prompt_tokens
+            outputs.append(self._take_token(sibling, token))
+            if outputs[-1].finish_reason is None:
+                self.scheduler.fork(sequence, sibling)
+        for output in outputs:
+            if output.finish_reason is not None:
+                self.scheduler.finish(output.sequence, output.finish_reason)
+        return outputs
+
+    def _take_token(self, sequence: Sequence, token: TokenLogprob | None) -> SequenceOutput:
+        """Append the token (none when the prompt alone was to be read) and say whether that was the last."""
+        output = SequenceOutput(sequence, token)
         if sequence.num_output_tokens == 0 and sequence.request.prompt_logprobs is not None:
             first = TokenLogprob(sequence.token_ids[0], None)
             output.prompt_logprobs = [first, *sequence.prompt_logprobs]
-        if result.token is not None:
-            sequence.token_ids.append(result.token.token_id)
-        output.finish_reason = self._finish_reason(sequence, result.token)
-        if output.finish_reason is not None:
-            self.scheduler.finish(sequence, output.finish_reason)
-        return [output]
+        if token is not None:
+            sequence.token_ids.append(token.token_id)
+        output.finish_reason = self._finish_reason(sequence, token)
+        return output
+
+    def _drop_finished_siblings(self, windows: list[ScheduledWindow]) -> None:
+        for window in windows:
+            sequence = window.sequence
+            sequence.siblings = [sibling for sibling in sequence.siblings if not sibling.finished]
 
     def _finish_reason(self, sequence: Sequence, token: TokenLogprob | None) -> FinishReason | None:
         stopping = sequence.request.stopping
@@ -149,9 +195,9 @@ def check_request(config: EngineConfig, vocab_size: int, request: GenerationRequ
     if num_prompt == 0:
         raise RequestError("the prompt is empty")
     if max_tokens < 0 or request.n < 1:
-        raise RequestError("max_tokens must be at least 0 and n at least 1")
+        raise RequestError("max_tokens must be at least 0 and n at least 1", param="max_tokens" if max_tokens < 0 else "n")
     if request.n > config.max_num_admitted:
-        raise RequestError(f"n is {request.n}, the server takes {config.max_num_admitted} samples in all")
+        raise RequestError(f"n is {request.n}, the server takes {config.max_num_admitted} samples in all", param="n")
     sampling = request.sampling
     ids = chain(request.prompt_ids, sampling.logit_bias, sampling.allowed_token_ids or ())
     outside = next((token for token in ids if not 0 <= token < vocab_size), None)

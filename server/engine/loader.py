@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -51,15 +50,11 @@ class LoadOptions:
     prefill: PrefillMode = "window"
     prefill_window: int = 128
     prefill_tolerance: float | None = None
+    prefix_caching: bool = True
     check_invariants: bool = False
-    seed: int | None = None
 
 
-def load_engine(
-    options: LoadOptions,
-    observer: EngineObserver | None = None,
-    on_death: Callable[[BaseException], None] | None = None,
-) -> AsyncEngine:
+def load_engine(options: LoadOptions, observer: EngineObserver | None = None) -> AsyncEngine:
     """Load the checkpoint and build an engine over it (not started).
 
     Raises CheckpointError for the checkpoint, LoadError for numbers that do not go together.
@@ -70,10 +65,18 @@ def load_engine(
     model = load_model(options.checkpoint, dtype=dtype, device=options.device)
     tokenizer = load_tokenizer(options.checkpoint)
     generation = load_generation_config(options.checkpoint)
-    pack(fuse(model))
-    runner = ModelRunner(model, resolve(options, model.config, dtype))
-    engine = Engine(runner, generation.eos_token_ids, options.check_invariants, options.seed)
-    return AsyncEngine(engine, tokenizer, observer, on_death)
+    weights_id = fingerprint(model)
+    runner = _make_runner(pack(fuse(model)), resolve(options, model.config, dtype))
+    engine = Engine(runner, generation.eos_token_ids, options.check_invariants, weights_id=weights_id)
+    return AsyncEngine(engine, tokenizer, observer)
+
+
+def _make_runner(model: LatentRecurrentTransformer, config: EngineConfig) -> ModelRunner:
+    try:
+        return ModelRunner(model, config)
+    except RuntimeError as error:  # what torch raises when memory is short
+        size = config.capacity * PagedPool.bytes_per_slot(model.config, model.dtype)
+        raise LoadError(f"a cache of {config.capacity} tokens ({size} bytes) cannot be had; lower --kv-cache-memory") from error
 
 
 def resolve(options: LoadOptions, model_config: ModelConfig, dtype: torch.dtype) -> EngineConfig:
@@ -93,6 +96,7 @@ def resolve(options: LoadOptions, model_config: ModelConfig, dtype: torch.dtype)
             prefill=options.prefill,
             window=min(options.prefill_window, options.max_num_batched_tokens),
             tolerance=tolerance,
+            prefix_caching=options.prefix_caching,
         )
     except ValueError as error:
         raise LoadError(str(error)) from None
@@ -121,6 +125,6 @@ def _num_blocks(options: LoadOptions, max_model_len: int, bytes_per_slot: int) -
     if affordable < one_sequence:
         raise LoadError(
             f"one sequence of {max_model_len} tokens needs {one_sequence * bytes_per_block} bytes of cache and too little "
-            "memory is free; lower --max-model-len"
+            "memory is free; lower --max-model-len or --block-size"
         )
     return min(affordable, one_sequence * options.max_num_seqs)

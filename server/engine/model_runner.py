@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lrt_core.model import LatentRecurrentTransformer
+from lrt_core.model import LatentRecurrentTransformer, Stream
 from lrt_core.paged import PagedPool
-from lrt_core.refine import num_settled, relative_change
+from lrt_core.refine import relative_change
 from lrt_core.sampling import SampleRow, sample, top_logprobs
-from server.engine.batch import Batch, build
+from lrt_core.window import num_settled
+from server.engine.batch import Batch, build, settled_part, slots_of
+from server.engine.block_manager import Copy
 from server.engine.config import EngineConfig
 from server.engine.request import TokenLogprob
 from server.engine.scheduler import ScheduledWindow
@@ -34,8 +36,9 @@ class WindowResult:
     window: ScheduledWindow
     num_settled: int
     residual: float | None
-    token: TokenLogprob | None = None
-    """The token drawn, when the step settled the sequence's last position and another token is wanted."""
+    tokens: list[TokenLogprob] = field(default_factory=list)
+    """When the step settled the sequence's last position and another token is wanted: the token drawn for it, then one for
+    each of its siblings."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of the prompt tokens behind the settled positions, when asked for."""
 
@@ -48,45 +51,76 @@ class ModelRunner:
         self.pool = PagedPool(model.config, config.capacity, model.dtype, model.device)
 
     @torch.inference_mode()
-    def execute(self, windows: SequenceABC[ScheduledWindow]) -> list[WindowResult]:
-        """Run one step; results stand in the order of the batch. Sequences are not changed (the engine does that)."""
+    def execute(self, windows: SequenceABC[ScheduledWindow], copies: SequenceABC[Copy] = ()) -> list[WindowResult]:
+        """Copy blocks, then run one step; results stand in the order of the batch. Sequences are not changed (the engine does
+        that)."""
+        self._copy_blocks(copies)
         batch = build(windows, self.pool, self.config.block_size)
         recurrent = self.model.config.recurrence is not None
         memory = self.pool.load_memory(batch.memory_rows) if recurrent else None
-        hidden, latents = self.model(batch.tokens, batch.positions, memory, batch.kv)
+        stream = self.model.begin(batch.tokens, batch.positions, memory)
+        latents = self.model.run_to_source(stream, batch.kv)
         self.pool.store_latents(batch.slots, latents)
         results = _settle(batch, latents, memory, self.config.tolerance)
-        self._score_prompts(batch, results, hidden)
-        self._sample(batch, results, hidden)
+        hidden, offsets = self._finish_settled(batch, stream, latents, results)
+        self._score_prompts(offsets, results, hidden)
+        self._sample(offsets, results, hidden)
         return results
 
-    def _sample(self, batch: Batch, results: list[WindowResult], hidden: Tensor) -> None:
-        """Draw a token for every sequence whose last position settled, unless it wants none."""
-        ready = [i for i, result in enumerate(results) if _is_ready(result)]
+    def _finish_settled(
+        self, batch: Batch, stream: Stream, latents: Tensor, results: list[WindowResult]
+    ) -> tuple[Tensor, list[int]]:
+        """Run the layers above the source on the rows that settled; returns hidden states and the windows' offsets in them.
+
+        The other rows will be computed again, and nothing depends on what these layers make of them until then.
+        """
+        num_settled = [result.num_settled for result in results]
+        if self.model.config.latents_are_hidden or sum(num_settled) == batch.offsets[-1]:
+            return self.model.run_from_source(stream, latents, batch.kv), batch.offsets
+        rows, offsets, kv = settled_part(batch, num_settled)
+        return self.model.run_from_source(stream.select(rows), latents, kv), offsets
+
+    def _sample(self, offsets: list[int], results: list[WindowResult], hidden: Tensor) -> None:
+        """Draw a token for every sequence whose last position settled, unless it wants none, and for its siblings."""
+        ready = [(i, drawn) for i, result in enumerate(results) if _is_ready(result) for drawn in _drawn_from(result)]
         if not ready:
             return
-        rows = torch.tensor([batch.offsets[i] + results[i].num_settled - 1 for i in ready], device=hidden.device)
+        rows = torch.tensor([offsets[i] + results[i].num_settled - 1 for i, _ in ready], device=hidden.device)
         logits = self.model.logits(hidden.index_select(0, rows))
-        sequences = [results[i].window.sequence for i in ready]
-        ids = sample(logits, [_sample_row(sequence) for sequence in sequences])
-        entries = _token_logprobs(logits, ids, [sequence.request.logprobs for sequence in sequences])
-        for i, entry in zip(ready, entries, strict=True):
-            results[i].token = entry
+        ids = sample(logits, [_sample_row(sequence) for _, sequence in ready])
+        entries = _token_logprobs(logits, ids, [sequence.request.logprobs for _, sequence in ready])
+        for (i, _), entry in zip(ready, entries, strict=True):
+            results[i].tokens.append(entry)
 
-    def _score_prompts(self, batch: Batch, results: list[WindowResult], hidden: Tensor) -> None:
-        for result, offset in zip(results, batch.offsets, strict=False):
+    def _score_prompts(self, offsets: list[int], results: list[WindowResult], hidden: Tensor) -> None:
+        for result, offset in zip(results, offsets, strict=False):
             sequence = result.window.sequence
             if sequence.request.prompt_logprobs is None:
                 continue
-            # Position p scores prompt token p + 1; after a preemption those scored before are not scored again.
-            first = max(result.window.start, len(sequence.prompt_logprobs))
-            end = min(result.window.start + result.num_settled, sequence.num_prompt_tokens - 1)
-            for start in range(first, end, LOGITS_CHUNK):
-                stop = min(start + LOGITS_CHUNK, end)
-                base = offset - result.window.start
-                logits = self.model.logits(hidden[base + start : base + stop])
-                ids = torch.tensor(sequence.token_ids[start + 1 : stop + 1], device=logits.device)
-                result.prompt_logprobs += _token_logprobs(logits, ids, [sequence.request.prompt_logprobs] * len(ids))
+            # Position p scores prompt token p + 1; after a preemption those scored before are not scored again, and what
+            # came from the prefix cache is scored by its latents, which are the hidden states.
+            window_start, first = result.window.start, len(sequence.prompt_logprobs)
+            end = min(window_start + result.num_settled, sequence.num_prompt_tokens - 1)
+            for start, stop in _chunks(first, min(window_start, end)):
+                slots = slots_of(sequence.block_table, start, stop, self.config.block_size)
+                cached = self.pool.load_memory(torch.tensor(slots, device=hidden.device))
+                result.prompt_logprobs += self._score(sequence, start, cached)
+            for start, stop in _chunks(max(first, window_start), end):
+                rows = hidden[offset + start - window_start : offset + stop - window_start]
+                result.prompt_logprobs += self._score(sequence, start, rows)
+
+    def _score(self, sequence: Sequence, start: int, hidden: Tensor) -> list[TokenLogprob]:
+        """Logprobs of the prompt tokens behind positions start, start + 1, ..., from their hidden states [R, D]."""
+        logits = self.model.logits(hidden)
+        ids = torch.tensor(sequence.token_ids[start + 1 : start + 1 + len(hidden)], device=logits.device)
+        return _token_logprobs(logits, ids, [sequence.request.prompt_logprobs] * len(ids))
+
+    def _copy_blocks(self, copies: SequenceABC[Copy]) -> None:
+        """Carry out copies of whole blocks, in order."""
+        size = self.config.block_size
+        for source, target in copies:
+            for storage in (*self.pool.keys, *self.pool.values, self.pool.latents):
+                storage[target * size : (target + 1) * size] = storage[source * size : (source + 1) * size]
 
 
 def _settle(batch: Batch, latents: Tensor, memory: Tensor | None, tolerance: float) -> list[WindowResult]:
@@ -107,6 +141,15 @@ def _is_ready(result: WindowResult) -> bool:
     sequence = result.window.sequence
     settled = result.window.start + result.num_settled
     return settled == sequence.num_tokens and sequence.num_tokens < sequence.max_num_tokens
+
+
+def _drawn_from(result: WindowResult) -> list[Sequence]:
+    """The sequences that draw their next token from the window's last settled row."""
+    return [result.window.sequence, *result.window.sequence.siblings]
+
+
+def _chunks(start: int, end: int) -> list[tuple[int, int]]:
+    return [(first, min(first + LOGITS_CHUNK, end)) for first in range(start, end, LOGITS_CHUNK)]
 
 
 def _sample_row(sequence: Sequence) -> SampleRow:

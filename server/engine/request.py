@@ -14,7 +14,11 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 class RequestError(ValueError):
-    """A request that this engine can never serve; the message says why."""
+    """A request that this engine can never serve; the message says why, `param` which field is at fault."""
+
+    def __init__(self, message: str, param: str = "prompt") -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class PromptTooLongError(RequestError):
@@ -44,6 +48,7 @@ class GenerationRequest:
     """One prompt and `n` samples of it (sample i uses seed + i).
 
     logprobs, prompt_logprobs: None for none, else how many alternatives to report beside each token's own logprob.
+    priority: lower values are served first. cache_salt: cached blocks are shared only among requests of equal salt.
     """
 
     request_id: str
@@ -53,6 +58,8 @@ class GenerationRequest:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    priority: int = 0
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class Delta:
 
     token_ids counts every generated token, an end-of-sequence id included (its text is empty). logprobs has one entry per
     token id when asked for. prompt_logprobs comes once, with the first delta of each sample, when asked for.
-    stop_reason: the stop string or the token id that ended the sample; None for a bare length end.
+    stop_reason: the stop string that ended the sample; None for an end-of-sequence id or the length.
     """
 
     index: int
@@ -80,5 +87,5 @@ class Delta:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
+    stop_reason: str | None = None
     num_cached_tokens: int = 0

@@ -43,7 +43,12 @@ class Sample:
 
     def make_delta(self, item: SequenceOutput) -> Delta:
         """Turn an engine output into what the client gets; a stop string in the text ends the sample here."""
-        delta = Delta(self.index, prompt_logprobs=item.prompt_logprobs, finish_reason=item.finish_reason)
+        delta = Delta(
+            self.index,
+            prompt_logprobs=item.prompt_logprobs,
+            finish_reason=item.finish_reason,
+            num_cached_tokens=item.sequence.num_cached_prompt_tokens or 0,
+        )
         stop: str | None = None
         if item.token is not None:
             delta.token_ids.append(item.token.token_id)
@@ -62,7 +67,7 @@ class Sample:
         return RequestStats(
             prompt_tokens=len(self.request.prompt_ids),
             generation_tokens=self.num_tokens,
-            cached_tokens=0,
+            cached_tokens=(self.sequence.num_cached_prompt_tokens or 0) if self.sequence is not None else 0,
             finish_reason=reason,
             arrival=self.arrival,
             scheduled=self.sequence.first_scheduled if self.sequence is not None else None,

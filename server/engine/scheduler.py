@@ -1,14 +1,14 @@
 """Which tokens the next step computes. No torch, no clock.
 
-Every running sequence is a window of unsettled positions: one wide when it decodes, up to `config.window` while its prompt is
-read. A step takes every decoding sequence, then prompt windows, oldest first, within the token budget; then it admits waiting
-sequences that fit. When the pool runs dry the newest running sequence is preempted and later recomputed, so the oldest always
-gets on: with every sequence no longer than the pool, all finish.
+Every running sequence is a window of unsettled positions: one wide when it decodes, wider while its prompt is read. A step
+takes every decoding sequence, then prompt windows within the token budget, then admits waiting sequences that fit; all in order
+of rank (priority, then arrival). When the pool runs dry the running sequence of the last rank is preempted; it later continues
+from what is still cached. So the first in rank always gets on: with every sequence no longer than the pool, all finish.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
 
 from server.engine.block_manager import BlockManager
@@ -26,40 +26,67 @@ class ScheduledWindow:
     num_tokens: int
 
 
-class Scheduler:
-    """Queues and budget. `running` is ordered by admission, oldest first; `waiting` by arrival, preempted ones in front."""
+@dataclass
+class Totals:
+    """Counters since the start, in tokens but for preemptions."""
 
-    def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
-        self.config, self.blocks = config, blocks
-        self.waiting: deque[Sequence] = deque()
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
+
+
+class Scheduler:
+    """Queues and budget; `running` and `waiting` are in order of rank.
+
+    latents_are_hidden: a token's latent is what the head reads (source layer last), so that cached prompt tokens can be scored
+    without a forward.
+    """
+
+    def __init__(self, config: EngineConfig, blocks: BlockManager, latents_are_hidden: bool = False) -> None:
+        self.config, self.blocks, self.latents_are_hidden = config, blocks, latents_are_hidden
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.num_preemptions = 0
-        self.num_recomputed_tokens = 0
+        self.totals = Totals()
 
     @property
-    def window(self) -> int:
+    def max_window(self) -> int:
         """Positions of one prompt that a step may compute."""
         return 1 if self.config.prefill == "sequential" else self.config.window
 
     def has_work(self) -> bool:
-        """Whether any sequence is unfinished."""
+        """Whether any sequence runs or waits; held ones depend on one that does."""
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that fits the pool alone (the engine has checked)."""
         assert sequence.max_num_tokens <= self.config.capacity
-        self.waiting.append(sequence)
+        sequence.status = Status.WAITING
+        insort(self.waiting, sequence, key=_rank)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let `child`, which has the parent's settled tokens and one of its own, run beside it; without a place it waits and
+        later starts from what is cached."""
+        if len(self.running) >= self.config.max_num_seqs:
+            self.add(child)
+            return
+        self.blocks.fork(parent, child)
+        child.place(parent.num_computed_tokens, self.max_window)
+        self._run(child)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence wherever it stands and free its blocks; ending it twice does nothing."""
         if sequence.finished:
             return
-        (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
         self.blocks.free(sequence)
         sequence.status, sequence.finish_reason = Status.FINISHED, reason
 
     def schedule(self) -> list[ScheduledWindow]:
-        """The next step's windows, decoding sequences first; makes room by preemption where it must."""
+        """The next step's windows; makes room by preemption where it must."""
         self._make_room()
         decoding = [sequence for sequence in self.running if sequence.num_uncomputed_tokens == 1]
         reading = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
@@ -72,30 +99,29 @@ class Scheduler:
         return windows
 
     def _make_room(self) -> None:
-        """Give every running sequence blocks for all its tokens, oldest first, preempting the newest when none are left."""
+        """Give every running sequence blocks for all its tokens, by rank, preempting the last in rank when none are left."""
         position = 0
         while position < len(self.running):
             sequence = self.running[position]
-            while not self.blocks.can_grow(sequence, sequence.num_tokens):
+            while not self.blocks.can_grow(sequence):
                 victim = self.running[-1]
                 self._preempt(victim)
                 if victim is sequence:
                     break
             else:
-                self.blocks.grow(sequence, sequence.num_tokens)
+                self.blocks.grow(sequence)
             position += 1
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.blocks.free(sequence)
-        self.num_preemptions += 1
-        self.num_recomputed_tokens += sequence.num_computed_tokens
+        self.totals.num_preemptions += 1
         sequence.forget()
-        sequence.status = Status.WAITING
-        self.waiting.appendleft(sequence)
+        self.add(sequence)
 
     def _schedule_window(self, sequence: Sequence, budget: int, windows: list[ScheduledWindow]) -> int:
-        num_tokens = min(self.window, sequence.num_uncomputed_tokens, budget)
+        assert sequence.window is not None
+        num_tokens = min(sequence.window.width, sequence.num_uncomputed_tokens, budget)
         if num_tokens > 0:
             windows.append(ScheduledWindow(sequence, sequence.num_computed_tokens, num_tokens))
         return num_tokens
@@ -108,11 +134,32 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self.config.max_num_seqs:
             return None
         sequence = self.waiting[0]
-        needed = self.blocks.num_missing_blocks(sequence, sequence.num_tokens)
-        if needed + len(self.running) > self.blocks.num_free_blocks and self.running:
+        matched = self.blocks.match(sequence) if self._may_share(sequence) else []
+        if not self.blocks.can_place(sequence, matched, reserve=len(self.running)):
             return None
-        self.waiting.popleft()
-        self.blocks.grow(sequence, sequence.num_tokens)
-        sequence.status = Status.RUNNING
-        self.running.append(sequence)
+        self.waiting.pop(0)
+        self._place(sequence, matched)
         return sequence
+
+    def _place(self, sequence: Sequence, matched: list[int]) -> None:
+        is_new = sequence.num_cached_prompt_tokens is None
+        num_cached = self.blocks.place(sequence, matched)
+        sequence.place(num_cached, self.max_window)
+        if is_new and self._may_share(sequence):
+            self.totals.num_prefix_queries += sequence.num_tokens
+            self.totals.num_prefix_hits += num_cached
+        self.totals.num_recomputed_tokens += max(0, sequence.num_lost_tokens - num_cached)
+        self._run(sequence)
+
+    def _may_share(self, sequence: Sequence) -> bool:
+        """A prompt whose logprobs are asked for is computed anew unless cached blocks hold its hidden states."""
+        unscored = sequence.request.prompt_logprobs is not None and sequence.num_output_tokens == 0
+        return self.config.prefix_caching and (self.latents_are_hidden or not unscored)
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=_rank)
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank

@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from lrt_core.window import WindowControl
 from server.engine.request import FinishReason, GenerationRequest, TokenLogprob
 
 
 class Status(Enum):
-    """Where a sequence stands."""
+    """Where a sequence stands. HELD: a sample that waits for its sibling to read their common prompt."""
 
+    HELD = "held"
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -21,7 +23,7 @@ class Status(Enum):
 
 @dataclass(eq=False)
 class Sequence:
-    """Sample `index` of a request.
+    """Sample `index` of a request; `number` counts the engine's sequences and breaks ties of priority.
 
     Positions below num_computed_tokens are settled: their K, V and latent are final. Positions below num_touched_tokens have
     been computed at least once since they were last placed, so their latents may serve as memories of a refinement pass.
@@ -30,13 +32,28 @@ class Sequence:
     request: GenerationRequest
     index: int
     seed: int
+    number: int = 0
     token_ids: list[int] = field(init=False)
     block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chain hashes of the leading full blocks, as far as someone has asked for them."""
+    num_registered_blocks: int = 0
+    """Leading blocks that the prefix cache knows or that came from it."""
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     num_touched_tokens: int = 0
     num_computed_rows: int = 0
-    """Forward rows spent since the sequence was last placed; over its length, the refinement passes it took."""
+    """Forward rows spent since the sequence was last placed; over the tokens it computed, the refinement passes it took."""
+    num_cached_tokens: int = 0
+    """Tokens it found in the prefix cache (or shared with a sibling) when it was last placed."""
+    num_cached_prompt_tokens: int | None = None
+    """Prompt tokens it did not have to read when it was first placed; None until then."""
+    num_lost_tokens: int = 0
+    """Tokens that were computed when it was last preempted; what is not found again counts as recomputed."""
+    window: WindowControl | None = None
+    """How wide its refinement windows are; None until it is placed."""
+    siblings: list[Sequence] = field(default_factory=list)
+    """Held samples of the same request that fork from this one once the prompt is read."""
     num_counted_prompt_tokens: int = 0
     """Prompt tokens that statistics know of; unlike num_computed_tokens it survives a preemption, so that none counts twice."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -46,6 +63,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Order of service: lower priority values first, then arrival."""
+        return self.request.priority, self.number
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -82,13 +104,26 @@ class Sequence:
         """Whether it has ended."""
         return self.status is Status.FINISHED
 
+    def place(self, num_cached_tokens: int, window: int) -> None:
+        """It has blocks, the first num_cached_tokens of them already final."""
+        self.num_computed_tokens = self.num_touched_tokens = self.num_cached_tokens = num_cached_tokens
+        self.num_computed_rows = 0
+        self.window = WindowControl(window)
+        if self.num_cached_prompt_tokens is None:
+            self.num_cached_prompt_tokens = min(num_cached_tokens, self.num_prompt_tokens)
+
     def forget(self) -> None:
-        """Its blocks are gone: everything must be computed again."""
+        """Its blocks are gone: what is no longer cached must be computed again."""
+        self.num_lost_tokens = self.num_computed_tokens
         self.num_computed_tokens = self.num_touched_tokens = self.num_computed_rows = 0
+        self.num_cached_tokens = self.num_registered_blocks = 0
 
     def advance(self, num_settled: int, num_scheduled: int) -> None:
         """A pass over num_scheduled positions settled the first num_settled of them."""
+        assert self.window is not None
         assert 1 <= num_settled <= num_scheduled <= self.num_uncomputed_tokens
+        if num_scheduled > 1:
+            self.window.observe(num_settled, num_scheduled)
         self.num_touched_tokens = max(self.num_touched_tokens, self.num_computed_tokens + num_scheduled)
         self.num_computed_tokens += num_settled
         self.num_computed_rows += num_scheduled

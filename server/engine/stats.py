@@ -26,11 +26,14 @@ class StepStats:
     num_settled_prompt_tokens: int = 0
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
-    """Tokens lost to preemption in this step that will be computed again."""
+    """Tokens lost to a preemption and not found in the cache when their sequence came back in this step."""
+    num_prefix_queries: int = 0
+    """Tokens of sequences that looked into the prefix cache in this step, and of those the ones found there."""
+    num_prefix_hits: int = 0
     refinement_residuals: list[float] = field(default_factory=list)
     """Per prompt window of this step: relative L2 change of its latents since the previous pass."""
     refinement_passes: list[float] = field(default_factory=list)
-    """Per prompt fully read in this step: forward rows computed per prompt token."""
+    """Per prompt fully read in this step: forward rows computed per token that was not cached."""
 
 
 @dataclass(frozen=True)

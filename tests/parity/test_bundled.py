@@ -86,6 +86,21 @@ def read_by_engine(model: LatentRecurrentTransformer, ids: list[list[int]], pref
     return [Reading(latents[sequence], sequence.output_ids) for sequence in sequences]
 
 
+@pytest.mark.parametrize("dtype", DEFAULT_TOLERANCE)
+def test_windows_settle(dtype: torch.dtype) -> None:
+    """The trained recurrence contracts beyond the type's rounding, so a window costs a few rows per token, not its width."""
+    model, ids = load_model(BUNDLED, dtype=dtype), prompts()[-1]
+    engine = make_engine(
+        model, window=64, tolerance=DEFAULT_TOLERANCE[dtype], max_model_len=LONGEST + 1, num_blocks=20, block_size=16
+    )
+    engine.add(request(ids, 1))
+    passes = []
+    while engine.has_work():
+        passes += engine.step().stats.refinement_passes
+    assert len(passes) == 1
+    assert passes[0] < 12
+
+
 @pytest.mark.slow
 def test_windows_against_sequential_against_oracle() -> None:
     """Greedy tokens equal, latents within the tolerance.

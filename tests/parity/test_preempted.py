@@ -57,7 +57,7 @@ def test_a_prompt_preempted_half_read_is_scored_once() -> None:
     growing, reading = request(random_ids(4), 40), request(random_ids(36, seed=1), 2, prompt_logprobs=0)
     engine.add(growing)
     [sequence] = engine.add(reading)
-    while not engine.scheduler.num_preemptions:
+    while not engine.scheduler.totals.num_preemptions:
         engine.step()
     num_scored = len(sequence.prompt_logprobs)
     assert 0 < num_scored < 35

@@ -127,13 +127,19 @@ class FakeEngine:
     def check(self, request: GenerationRequest) -> None:
         """Everything fits."""
 
-    def admit(self, request: GenerationRequest) -> FakeStream:
+    def admit_all(self, requests: Iterable[GenerationRequest]) -> list[FakeStream]:
+        requests = list(requests)
+        for request in requests:
+            self.check(request)
         if self.error is not None:
             raise AdmissionError("engine_dead", "dead")
         if self.is_draining:
             raise AdmissionError("draining", "draining")
-        if self.capacity is not None and len(self.running) >= self.capacity:
+        if self.capacity is not None and len(self.running) + len(requests) > self.capacity:
             raise AdmissionError("queue_full", "too many requests are waiting")
+        return [self._admit(request) for request in requests]
+
+    def _admit(self, request: GenerationRequest) -> FakeStream:
         self.requests.append(request)
         stream = FakeStream(self, self.script(request))
         self.streams.append(stream)

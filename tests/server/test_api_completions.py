@@ -124,10 +124,10 @@ def test_nothing_generated_with_echo_is_the_prompt_alone() -> None:
 def test_refusals_come_before_any_200(error: Exception, status: int, code: str) -> None:
     engine = FakeEngine()
 
-    def refuse(_request: GenerationRequest) -> Any:
+    def refuse(_requests: Iterable[GenerationRequest]) -> Any:
         raise error
 
-    engine.admit = refuse  # type: ignore[method-assign]
+    engine.admit_all = refuse  # type: ignore[method-assign]
     for stream in (False, True):
         response = complete(engine, stream=stream)
         assert_envelope(response, status, code)
@@ -154,8 +154,7 @@ def test_what_can_never_fit_is_the_clients_error(error: RequestError, code: str 
 def test_several_prompts_are_admitted_together_or_not_at_all() -> None:
     engine = FakeEngine(capacity=2)
     assert_envelope(complete(engine, prompt=[[1], [2], [3]]), 429, "queue_full")
-    assert [stream.is_closed for stream in engine.streams] == [True, True]
-    assert engine.num_in_flight == 0
+    assert engine.streams == []
 
 
 def failing(_request: GenerationRequest) -> Iterable[Step]:
@@ -199,6 +198,22 @@ def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> Non
     parts = asyncio.run(run())
     assert b'"a"' in parts[0] and parts[1] == parts[2] == b": keep-alive\n\n"
     assert parts[-2].startswith(b"data: ") and b'"b"' in parts[-2] and parts[-1] == b"data: [DONE]\n\n"
+
+
+def test_silence_is_filled_also_when_one_of_several_streams_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completions, "KEEP_ALIVE_SECONDS", 0.01)
+
+    async def run() -> None:
+        go, ending = threading.Event(), Delta(0, "a", [1], finish_reason="length")
+        client = Client(
+            FakeEngine(lambda item: [ending] if item.prompt_ids == (1,) else [go, ending]), stream=True, prompt=[[1], [2]]
+        )
+        while client.body.count(b": keep-alive\n\n") < 2:
+            await asyncio.sleep(0.005)
+        go.set()
+        await client.task
+
+    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 class Client:

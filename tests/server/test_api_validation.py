@@ -202,12 +202,9 @@ def test_text_that_the_tokenizer_gives_up_on(monkeypatch: pytest.MonkeyPatch) ->
     assert "too long a run" in assert_envelope(complete(engine), 400, INVALID, "prompt")
 
 
-def test_empty_text_is_a_lone_bos_where_the_tokenizer_adds_one() -> None:
-    engine = FakeEngine()
-    assert complete(engine, prompt="").status_code == 200
-    assert engine.requests[0].prompt_ids == (engine.tokenizer.bos_id,)
-    engine.tokenizer.add_bos = False
-    assert "empty" in assert_envelope(complete(engine, prompt=["a", ""]), 400, INVALID, "prompt")
+@pytest.mark.parametrize("prompt", ["", ["a", ""]])
+def test_empty_text_is_refused(prompt: str | list[str]) -> None:
+    assert "empty" in assert_envelope(complete(FakeEngine(), prompt=prompt), 400, INVALID, "prompt")
 
 
 def test_defaults_and_every_field_reach_the_engine() -> None:

@@ -3,136 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 
-from lrt_core.text import TextDecoder
-from server.engine.async_engine import AsyncEngine, EngineDeadError, RequestStream
-from server.engine.model_runner import ModelRunner, WindowResult
-from server.engine.request import AdmissionError, Delta, GenerationRequest, RequestError
-from server.engine.scheduler import ScheduledWindow
-from server.engine.stats import RequestStats, StepStats
+from server.engine.async_engine import AsyncEngine, EngineDeadError
+from server.engine.request import AdmissionError, RequestError
 from tests.engines import make_engine, oracle, request
-from tests.helpers import tiny_model, tiny_tokenizer
-
-MODEL, TOKENIZER = tiny_model(), tiny_tokenizer()
-LETTERS = tuple(range(ord("a"), ord("z") + 1)) + tuple(range(256, 270))
-"""Ids whose text is plain letters: single ones and pairs."""
-LIMIT = 60.0
-"""Seconds after which a test that hangs fails instead; nothing is timed."""
-
-
-@dataclass
-class Recorder:
-    """An observer that keeps everything."""
-
-    steps: list[StepStats] = field(default_factory=list)
-    requests: list[tuple[int, int, int]] = field(default_factory=list)
-    rejections: list[str] = field(default_factory=list)
-    tokens: list[tuple[int, float | None, float | None]] = field(default_factory=list)
-    finished: list[RequestStats] = field(default_factory=list)
-
-    def on_step(self, stats: StepStats) -> None:
-        self.steps.append(stats)
-
-    def on_request(self, prompt_tokens: int, max_tokens: int, n: int) -> None:
-        self.requests.append((prompt_tokens, max_tokens, n))
-
-    def on_rejection(self, reason: str) -> None:
-        self.rejections.append(reason)
-
-    def on_tokens(self, num_tokens: int, since_arrival: float | None, since_previous: float | None) -> None:
-        self.tokens.append((num_tokens, since_arrival, since_previous))
-
-    def on_finished(self, stats: RequestStats) -> None:
-        self.finished.append(stats)
-
-
-class GatedRunner(ModelRunner):
-    """Waits before every step until the gate is open; raises `error` instead once it is set."""
-
-    gate: threading.Event
-    error: BaseException | None = None
-
-    def execute(self, windows: Sequence[ScheduledWindow]) -> list[WindowResult]:
-        assert self.gate.wait(LIMIT)
-        if self.error is not None:
-            raise self.error
-        return super().execute(windows)
-
-
-class Bench:
-    """A started engine over a gated runner; the gate is open unless a test closes it."""
-
-    def __init__(self, eos_ids: Sequence[int] = (), **overrides: Any) -> None:
-        self.core = make_engine(MODEL, eos_ids, **overrides)
-        self.runner = GatedRunner(MODEL, self.core.config)
-        self.runner.gate = self.gate = threading.Event()
-        self.gate.set()
-        self.core.runner = self.runner
-        self.recorder, self.deaths = Recorder(), []
-        self.engine = AsyncEngine(self.core, TOKENIZER, self.recorder, self.deaths.append)
-
-    async def __aenter__(self) -> Bench:
-        await self.engine.start()
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        self.gate.set()
-        await self.engine.stop(drain=False)
-
-    def all_free(self) -> bool:
-        return self.core.blocks.num_free_blocks == self.core.config.num_blocks and not self.core.has_work()
-
-
-def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run a test's coroutine with a limit."""
-
-    async def limited() -> None:
-        await asyncio.wait_for(test(), LIMIT)
-
-    asyncio.run(limited())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop run until the condition holds (`run` bounds the wait)."""
-    while not condition():
-        await asyncio.sleep(0.001)
-
-
-def block_until(condition: Callable[[], bool]) -> None:
-    """Hold the loop up until the condition holds, so that the engine runs ahead of it."""
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-async def collect(stream: RequestStream) -> list[Delta]:
-    return [delta async for delta in stream]
-
-
-def ids_of(deltas: list[Delta], index: int = 0) -> list[int]:
-    return [token for delta in deltas if delta.index == index for token in delta.token_ids]
-
-
-def text_of(deltas: list[Delta]) -> str:
-    return "".join(delta.text for delta in deltas)
-
-
-def plain_text(ids: Sequence[int]) -> str:
-    decoder = TextDecoder(TOKENIZER)
-    return "".join(decoder.add(token) for token in ids) + decoder.finish()
-
-
-def lettered(max_tokens: int = 20, **values: Any) -> GenerationRequest:
-    """A sampled request whose text is letters, so that stop strings can be cut from it."""
-    return request([1, 2, 3], max_tokens, temperature=1.0, seed=5, allowed_token_ids=LETTERS, **values)
+from tests.server.async_bench import MODEL, TOKENIZER, Bench, collect, ids_of, lettered, plain_text, run, text_of
 
 
 def test_a_stream_gives_every_token_once_and_ends() -> None:
@@ -145,7 +22,7 @@ def test_a_stream_gives_every_token_once_and_ends() -> None:
             assert text_of(deltas) == plain_text(expected)
             assert [delta.finish_reason for delta in deltas] == [None] * 8 + ["length"]
             assert deltas[-1].stop_reason is None
-            await until(bench.all_free)
+            await bench.until(bench.all_free)
 
     run(test)
 
@@ -176,13 +53,13 @@ def test_stop_strings_never_leak_and_later_tokens_never_count(cut: tuple[int, in
         async with Bench() as bench:
             stream = bench.engine.admit(lettered(stop=(stop, "\n"), logprobs=0))
             if runs_ahead:
-                block_until(lambda: len(bench.recorder.steps) >= 20)
+                bench.block_until(lambda: len(bench.recorder.steps) >= 20)
             deltas = await collect(stream)
             assert text_of(deltas) == text[: text.index(stop)]
             assert ids_of(deltas) == ids[:last]
             assert sum(len(delta.logprobs) for delta in deltas) == last
             assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == ("stop", stop)
-            await until(bench.all_free)
+            await bench.until(bench.all_free)
             assert len(bench.recorder.tokens) == last
             assert [stats.generation_tokens for stats in bench.recorder.finished] == [last]
 
@@ -246,7 +123,7 @@ def test_counts_are_exact() -> None:
             assert bench.engine.num_in_flight == 3
             for stream in streams:
                 await collect(stream)
-            await until(bench.all_free)
+            await bench.until(bench.all_free)
             await bench.engine.stop()
         recorder = bench.recorder
         assert recorder.requests == [(1, 4, 1), (2, 4, 2), (3, 4, 3)]
@@ -260,7 +137,7 @@ def test_counts_are_exact() -> None:
             assert stats.first_token is not None
             assert stats.last_token is not None
             assert stats.arrival <= stats.scheduled <= stats.first_token <= stats.last_token <= stats.finished
-        assert sum(step.num_settled_prompt_tokens for step in recorder.steps) == 1 + 2 * 2 + 3 * 3
+        assert sum(step.num_settled_prompt_tokens for step in recorder.steps) == 1 + 2 + 3, "samples share one read"
         last = recorder.steps[-1]
         assert (last.num_running, last.num_waiting, last.kv_cache_usage) == (0, 0, 0.0)
         assert bench.engine.num_in_flight == 0
@@ -276,9 +153,9 @@ def test_closing_a_stream_frees_its_blocks_and_brings_gauges_back() -> None:
             assert first.token_ids
             await stream.aclose()
             await stream.aclose()
-            await until(bench.all_free)
+            await bench.until(bench.all_free)
             assert [stats.finish_reason for stats in bench.recorder.finished] == ["abort", "abort"]
-            await until(lambda: bench.recorder.steps[-1].kv_cache_usage == 0.0)
+            await bench.until(lambda: bench.recorder.steps[-1].kv_cache_usage == 0.0)
             assert bench.recorder.steps[-1].num_running == 0
             rest = await collect(stream)
             assert [delta.finish_reason for delta in rest if delta.finish_reason] == ["abort", "abort"]
@@ -293,13 +170,13 @@ def test_cancelling_the_consumer_aborts() -> None:
             bench.gate.clear()
             stream = bench.engine.admit(request([1, 2, 3], 150))
             consumer = asyncio.create_task(collect(stream))
-            await until(bench.core.has_work)
+            await bench.until(bench.core.has_work)
             consumer.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await consumer
             assert bench.engine.num_in_flight == 0
             bench.gate.set()
-            await until(bench.all_free)
+            await bench.until(bench.all_free)
 
     run(test)
 
@@ -309,13 +186,13 @@ def test_abort_before_the_engine_has_taken_the_request() -> None:
         async with Bench() as bench:
             bench.gate.clear()
             running = bench.engine.admit(request([1], 3))
-            await until(bench.core.has_work)
+            await bench.until(bench.core.has_work)
             early = bench.engine.admit(request([2] * 50, 100, n=2))
             await early.aclose()
             assert [delta.finish_reason for delta in await collect(early)] == ["abort", "abort"]
             bench.gate.set()
             assert len(ids_of(await collect(running))) == 3
-            await until(bench.all_free)
+            await bench.until(bench.all_free)
             assert sum(step.num_settled_prompt_tokens for step in bench.recorder.steps) == 1, "it was never read"
             aborted = [stats for stats in bench.recorder.finished if stats.finish_reason == "abort"]
             assert [(stats.scheduled, stats.generation_tokens) for stats in aborted] == [(None, 0)] * 2
@@ -359,7 +236,7 @@ def test_draining_finishes_what_runs_and_takes_no_more() -> None:
             stream = bench.engine.admit(request([1, 2], 6))
             assert bench.engine.is_ready
             stopping = asyncio.create_task(bench.engine.stop())
-            await until(lambda: bench.engine.is_draining)
+            await bench.until(lambda: bench.engine.is_draining)
             assert not bench.engine.is_ready
             with pytest.raises(AdmissionError) as refused:
                 bench.engine.admit(request([1], 1))
@@ -400,7 +277,7 @@ def test_the_engines_death_reaches_everyone() -> None:
             with pytest.raises(EngineDeadError):
                 await streams[3].__anext__()
             assert [delta async for delta in streams[3]] == [], "the error is the end"
-            assert bench.deaths == [bench.runner.error]
+            assert bench.engine.error is bench.runner.error
             assert not bench.engine.is_ready
             assert bench.engine.num_in_flight == 0
             with pytest.raises(AdmissionError) as refused:
@@ -425,7 +302,7 @@ def test_age_of_the_last_step_grows_only_with_work() -> None:
             assert bench.engine.last_step_age == 0.0
             bench.gate.clear()
             stream = bench.engine.admit(request([1], 1))
-            await until(lambda: bench.engine.last_step_age > 0.0)
+            await bench.until(lambda: bench.engine.last_step_age > 0.0)
             bench.gate.set()
             await collect(stream)
             assert bench.engine.last_step_age == 0.0
@@ -443,10 +320,29 @@ def test_many_streams_closed_at_random_points_leave_nothing_behind() -> None:
     async def test() -> None:
         async with Bench(num_blocks=40, max_num_seqs=8) as bench:
             await asyncio.gather(*(consume(bench, number) for number in range(40)))
-            await until(bench.all_free)
+            await bench.until(bench.all_free)
             assert bench.engine.num_in_flight == 0
             assert len(bench.recorder.finished) == 60
             assert len(bench.recorder.tokens) == sum(stats.generation_tokens for stats in bench.recorder.finished)
             assert sum(step.num_preemptions for step in bench.recorder.steps) > 0
+
+    run(test)
+
+
+def test_requests_that_belong_together_are_admitted_together_or_not_at_all() -> None:
+    async def test() -> None:
+        async with Bench(max_num_seqs=1, max_num_waiting=1) as bench:
+            pair = [request([1], 2), request([2], 2)]
+            with pytest.raises(RequestError, match="3 samples in one request, the server takes 2 in all"):
+                bench.engine.admit_all([*pair, request([3], 2)])
+            with pytest.raises(RequestError) as refused:
+                bench.engine.admit(request([3], 2, n=3))
+            assert refused.value.param == "n"
+            running = bench.engine.admit(request([1], 2))
+            with pytest.raises(AdmissionError):
+                bench.engine.admit_all(pair)
+            await collect(running)
+            assert [len(ids_of(await collect(stream))) for stream in bench.engine.admit_all(pair)] == [2, 2]
+        assert bench.recorder.rejections == ["queue_full"]
 
     run(test)

@@ -11,15 +11,21 @@ from server.engine.sequence import Sequence
 from tests.engines import request
 
 
-def new_sequence(num_prompt_tokens: int = 4) -> Sequence:
-    return Sequence(request([1] * num_prompt_tokens), 0, 0)
+def new_sequence(num_tokens: int = 4) -> Sequence:
+    return Sequence(request([1] * num_tokens), 0, 0)
+
+
+def resized(sequence: Sequence, num_tokens: int) -> Sequence:
+    """The same sequence, now of so many known tokens."""
+    sequence.token_ids = [1] * num_tokens
+    return sequence
 
 
 def test_growing_takes_just_enough() -> None:
     blocks, sequence = BlockManager(5, block_size=4), new_sequence()
     for num_tokens, expected in ((1, 1), (4, 1), (5, 2), (5, 2), (3, 2), (17, 5)):
-        assert blocks.can_grow(sequence, num_tokens)
-        blocks.grow(sequence, num_tokens)
+        assert blocks.can_grow(resized(sequence, num_tokens))
+        blocks.grow(sequence)
         assert len(sequence.block_table) == expected
     assert sorted(sequence.block_table) == [0, 1, 2, 3, 4]
     assert blocks.num_free_blocks == 0
@@ -27,17 +33,18 @@ def test_growing_takes_just_enough() -> None:
 
 
 def test_a_full_pool_says_so_before() -> None:
-    blocks, first, second = BlockManager(3, block_size=4), new_sequence(), new_sequence()
-    blocks.grow(first, 8)
-    assert blocks.can_grow(second, 4)
-    assert not blocks.can_grow(second, 5)
-    assert blocks.num_missing_blocks(second, 5) == 2
-    assert blocks.can_grow(first, 12)
+    blocks, first, second = BlockManager(3, block_size=4), new_sequence(8), new_sequence()
+    blocks.grow(first)
+    for num_tokens, fits in ((4, True), (5, False)):
+        resized(second, num_tokens)
+        assert blocks.can_grow(second) is blocks.can_place(second, [], reserve=0) is fits
+    assert not blocks.can_place(resized(second, 4), [], reserve=1)
+    assert blocks.can_grow(resized(first, 12))
 
 
 def test_freeing_returns_all() -> None:
-    blocks, sequence = BlockManager(4, block_size=2), new_sequence()
-    blocks.grow(sequence, 7)
+    blocks, sequence = BlockManager(4, block_size=2), new_sequence(7)
+    blocks.grow(sequence)
     blocks.free(sequence)
     assert sequence.block_table == []
     assert blocks.num_free_blocks == 4
@@ -48,14 +55,16 @@ def test_freeing_returns_all() -> None:
 
 def test_a_block_is_free_when_its_last_holder_lets_go() -> None:
     blocks, first, second = BlockManager(3, block_size=2), new_sequence(), new_sequence()
-    blocks.grow(first, 4)
-    shared = first.block_table[0]
-    second.block_table.append(shared)
-    blocks.ref_counts[shared] += 1
+    blocks.grow(first)
+    for sequence in (first, second):
+        sequence.place(4, window=1)
+    blocks.fork(first, second)
+    assert second.block_table == first.block_table
+    assert blocks.num_free_blocks == 1
     blocks.check_invariants([first, second])
     blocks.free(first)
-    assert blocks.num_free_blocks == 2
-    blocks.check_invariants([first, second])
+    assert blocks.num_free_blocks == 1
+    blocks.check_invariants([second])
     blocks.free(second)
     assert blocks.num_free_blocks == 3
 
@@ -72,8 +81,8 @@ def test_any_order_keeps_the_books(num_blocks: int, block_size: int, operations:
         sequence = sequences[index]
         if frees:
             blocks.free(sequence)
-        elif blocks.can_grow(sequence, num_tokens):
-            blocks.grow(sequence, num_tokens)
+        elif blocks.can_grow(resized(sequence, num_tokens)):
+            blocks.grow(sequence)
             assert len(sequence.block_table) * block_size >= num_tokens
         blocks.check_invariants(sequences)
         assert blocks.num_free_blocks == num_blocks - sum(len(s.block_table) for s in sequences)
@@ -81,7 +90,7 @@ def test_any_order_keeps_the_books(num_blocks: int, block_size: int, operations:
 
 def test_the_check_finds_what_is_wrong() -> None:
     blocks, sequence, stray = BlockManager(3, block_size=2), new_sequence(), new_sequence()
-    blocks.grow(sequence, 4)
+    blocks.grow(sequence)
     with pytest.raises(AssertionError, match="block"):
         blocks.check_invariants([])
     stray.block_table = [sequence.block_table[0]]

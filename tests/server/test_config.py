@@ -32,7 +32,7 @@ OTHER_WORDS = {
     **{"--prefill": "window", "--dtype": "float32", "--device": "cpu", "--log-level": "error"},
     **{"--metrics-prefix": "lrt"},
 }
-SWITCHES = ("--lenient", "--stay-on-failure")
+SWITCHES = ("--lenient", "--stay-on-failure", "--no-prefix-caching", "--check-invariants")
 
 
 def field(flag: str) -> str:

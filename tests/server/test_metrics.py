@@ -16,6 +16,7 @@ LABELS = {"model_name": "tiny", "engine": "0"}
 
 COUNTERS = (
     *("num_preemptions", "recomputed_tokens", "prompt_tokens", "generation_tokens"),
+    *("prefix_cache_queries", "prefix_cache_hits", "prompt_tokens_cached"),
     *("request_success", "admission_rejections"),
 )
 GAUGES = (

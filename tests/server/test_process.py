@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +40,8 @@ def server(checkpoint: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen
 def test_a_process_from_start_to_a_clean_end(checkpoint: Path) -> None:
     with server(checkpoint, "--max-model-len", "2000", "--kv-cache-memory", "8M") as (process, line, url):
         assert re.fullmatch(
-            rf"INFO: serving tiny \({re.escape(str(checkpoint))}\): recurrence layerwise, source layer 2; float32; "
-            r"cache of \d+ tokens; listening on http://127\.0\.0\.1:\d+\n",
+            rf"INFO: serving tiny \({re.escape(str(checkpoint))}\): recurrence layerwise, source layer 2; float32, "
+            r"(native|torch) kernels; cache of \d+ tokens; listening on http://127\.0\.0\.1:\d+\n",
             line,
         )
         body = {"model": "tiny", "prompt": "def f", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -103,3 +105,34 @@ def test_dead_engine_ends_it_with_status_1(checkpoint: Path) -> None:
             assert process.wait(20) == 1
         finally:
             process.kill()
+
+
+def test_a_signal_while_loading_ends_it_cleanly(checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    script = (
+        "import sys, time, server.__main__ as m\n"
+        "def linger(*_): time.sleep(60)\n"
+        "m._load = linger\n"
+        "sys.exit(m.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", script, str(checkpoint), "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 30
+            while (status := status_of(f"http://127.0.0.1:{port}/ready")) is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert status == 503
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+            assert process.stderr is not None and process.stderr.read() == ""
+        finally:
+            process.kill()
+
+
+def status_of(url: str) -> int | None:
+    """The status of an answer, None where nobody listens yet."""
+    try:
+        return httpx.get(url).status_code
+    except httpx.TransportError:
+        return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hypothesis import given, settings
@@ -14,14 +15,16 @@ from server.engine.scheduler import ScheduledWindow, Scheduler
 from server.engine.sequence import Sequence, Status
 from tests.engines import engine_config, request
 
+NUMBERS = itertools.count()
+
 
 def make_scheduler(**overrides: Any) -> Scheduler:
     config = engine_config(**overrides)
     return Scheduler(config, BlockManager(config.num_blocks, config.block_size))
 
 
-def add(scheduler: Scheduler, num_prompt_tokens: int, max_tokens: int = 8) -> Sequence:
-    sequence = Sequence(request([1] * num_prompt_tokens, max_tokens), 0, 0)
+def add(scheduler: Scheduler, num_prompt_tokens: int, max_tokens: int = 8, priority: int = 0) -> Sequence:
+    sequence = Sequence(request([1] * num_prompt_tokens, max_tokens, priority=priority), 0, 0, next(NUMBERS))
     scheduler.add(sequence)
     return sequence
 
@@ -103,16 +106,18 @@ def test_admission_leaves_running_sequences_a_block() -> None:
 def test_the_newest_gives_way_and_comes_back() -> None:
     scheduler = make_scheduler(num_blocks=4, block_size=4, max_model_len=16)
     first, second = add(scheduler, 4, max_tokens=12), add(scheduler, 3, max_tokens=9)
-    while not scheduler.num_preemptions:
+    while not scheduler.totals.num_preemptions:
         step(scheduler)
     assert scheduler.running == [first]
-    assert list(scheduler.waiting) == [second]
+    assert scheduler.waiting == [second]
     assert second.block_table == []
     assert (second.num_computed_tokens, second.num_touched_tokens, second.num_computed_rows) == (0, 0, 0)
-    assert scheduler.num_recomputed_tokens > 3
     assert second.num_output_tokens > 0, "what was generated is kept"
+    assert second.num_lost_tokens > 3
+    assert scheduler.totals.num_recomputed_tokens == 0, "not yet"
     while scheduler.has_work():
         step(scheduler)
+    assert scheduler.totals.num_recomputed_tokens == second.num_lost_tokens
     assert len(second.token_ids) == 12
 
 
@@ -120,9 +125,43 @@ def test_a_preempted_sequence_comes_back_before_newer_ones() -> None:
     scheduler = make_scheduler(num_blocks=4, block_size=4, max_model_len=16, max_num_seqs=2)
     add(scheduler, 4, max_tokens=12)
     second, third = add(scheduler, 3, max_tokens=9), add(scheduler, 1, max_tokens=1)
-    while not scheduler.num_preemptions:
+    while not scheduler.totals.num_preemptions:
         step(scheduler)
-    assert list(scheduler.waiting) == [second, third]
+    assert scheduler.waiting == [second, third]
+
+
+def test_lower_priority_values_are_admitted_first() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    running = add(scheduler, 2, max_tokens=2, priority=9)
+    step(scheduler)
+    late, first, second, third = (add(scheduler, 2, max_tokens=1, priority=priority) for priority in (5, 0, -1, 0))
+    assert scheduler.waiting == [second, first, third, late], "equal ones by arrival"
+    order = []
+    while scheduler.has_work():
+        order += [sequence for sequence, _, _ in step(scheduler)]
+    assert order == [running, second, first, third, late], "what runs is not driven out for want of a place"
+
+
+def test_the_last_in_priority_gives_way_first_whoever_came_first() -> None:
+    scheduler = make_scheduler(num_blocks=4, block_size=4, max_model_len=16)
+    unimportant = add(scheduler, 3, max_tokens=9, priority=1)
+    step(scheduler)
+    important = add(scheduler, 4, max_tokens=12)
+    while not scheduler.totals.num_preemptions:
+        step(scheduler)
+    assert (scheduler.running, scheduler.waiting) == ([important], [unimportant])
+    while scheduler.has_work():
+        step(scheduler)
+    assert (important.num_tokens, unimportant.num_tokens) == (16, 12)
+
+
+def test_prompts_of_higher_priority_take_the_budget_first() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=20, window=16)
+    unimportant = add(scheduler, 40, priority=1)
+    step(scheduler)
+    important = add(scheduler, 40)
+    step(scheduler)
+    assert step(scheduler) == [(important, 4, 16), (unimportant, 32, 4)]
 
 
 def test_ending_from_outside_frees_wherever_it_stands() -> None:
@@ -158,12 +197,14 @@ class Simulation:
         scheduler = self.scheduler
         oldest = scheduler.running[:1]
         before = [(sequence, sequence.num_computed_tokens) for sequence in scheduler.running]
-        counted = (scheduler.num_preemptions, scheduler.num_recomputed_tokens)
+        returning = {id(sequence): sequence.num_lost_tokens for sequence in scheduler.waiting}
+        counted = replace(scheduler.totals)
         windows = scheduler.schedule()
-        lost = [computed for sequence, computed in before if not sequence.num_computed_tokens and computed]
+        lost = [computed for sequence, computed in before if sequence.num_computed_tokens < computed]
+        returned = [returning.get(id(sequence), 0) for sequence in scheduler.running]
         assert scheduler.running[:1] == oldest or not oldest, "the oldest is never preempted"
-        assert scheduler.num_recomputed_tokens - counted[1] == sum(lost)
-        assert scheduler.num_preemptions - counted[0] >= len(lost)
+        assert scheduler.totals.num_recomputed_tokens - counted.num_recomputed_tokens == sum(returned)
+        assert scheduler.totals.num_preemptions - counted.num_preemptions >= len(lost)
         self.check(windows)
         for window in windows:
             settle(scheduler, window, data.draw(st.integers(1, window.num_tokens)))
@@ -178,7 +219,7 @@ class Simulation:
         for window in windows:
             sequence = window.sequence
             assert window.start == sequence.num_computed_tokens
-            assert 1 <= window.num_tokens <= min(scheduler.window, sequence.num_uncomputed_tokens)
+            assert 1 <= window.num_tokens <= min(scheduler.max_window, sequence.num_uncomputed_tokens)
             assert len(sequence.block_table) * config.block_size >= sequence.num_tokens
         scheduled = {id(window.sequence) for window in windows}
         assert id(scheduler.running[0]) in scheduled, "the oldest gets on"

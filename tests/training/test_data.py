@@ -108,6 +108,7 @@ def test_corrupt_records_are_skipped_and_named(tmp_path: Path) -> None:
         b'{"text": "cut',
         b'{"text": 3}',
         b'["text"]',
+        b'{"text":' + b"[" * 100_000,
         b'{"body": "x"}',
         b"\xff\xfe",
         b'{"text": "\\ud800"}',
@@ -135,6 +136,7 @@ def test_a_file_without_any_record_is_an_error(tmp_path: Path) -> None:
         ("data.txt", b"\xff\xfe\x00", "cannot be read"),
         ("data.jsonl.gz", b"not gzip", "cannot be read"),
         ("data.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-12], "cannot be read"),
+        ("data.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 40, "cannot be read"),
         ("data.parquet", b"PAR1", "unknown kind of file"),
     ],
 )

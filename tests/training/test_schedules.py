@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrt_core.attention import attention, visible
+from lrt_core.kernels import rope_norm
 from lrt_core.kv import CausalKV, Heads
 from lrt_core.memory import shift
-from lrt_core.model import LatentRecurrentTransformer, make_rope, norm
+from lrt_core.model import LatentRecurrentTransformer, make_rope
 from tests.helpers import VARIANTS, tiny_config, tiny_model
 from training.schedules.baseline import baseline
 from training.schedules.interleaved import interleaved
@@ -48,7 +49,7 @@ class WholeBuffers:
             gate = gate * unvisited[None, :, None, None]
             self.values[layer] = self.values[layer] + gate * (now.value - before.value)
             self.raw_keys[layer] = self.raw_keys[layer] + gate * (now.key - before.key)
-            fresh = norm(rope.rotate(self.raw_keys[layer]))
+            fresh = rope_norm(self.raw_keys[layer], *rope)
             self.keys[layer] = torch.where(unvisited[None, :, None, None], fresh, self.keys[layer])
 
 

@@ -147,6 +147,18 @@ def test_changed_data_is_noticed(tmp_path: Path) -> None:
     assert Trainer.resume(tmp_path, corpus).data_changed
 
 
+def test_a_run_goes_on_over_fewer_documents(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path)
+    trainer.step()
+    trainer.save()
+    corpus = tiny_corpus()
+    del corpus.train[1:]
+    resumed = Trainer.resume(tmp_path, corpus)
+    assert resumed.packer.position.epoch == trainer.packer.position.epoch + 1
+    resumed.step()
+    assert resumed.num_steps_done == 2
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer/tokenizer.tiktoken", STATE_FILE])
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     tiny_trainer(tmp_path).save()

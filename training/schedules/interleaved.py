@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lrt_core.kernels import rope_norm
 from lrt_core.kv import BufferedKV, CausalKV, Heads
 from lrt_core.memory import shift
-from lrt_core.model import LatentRecurrentTransformer, make_rope, norm
+from lrt_core.model import LatentRecurrentTransformer, make_rope
 from training.schedules.losses import Losses, PassLosses, mean_of_passes, token_losses
 
 
@@ -75,5 +76,5 @@ def refresh(model: LatentRecurrentTransformer, buffer: BufferedKV, recorded: lis
             assert heads.memory_gate is not None
             gate = buffer.split(heads.memory_gate)[subset]
             raw_key = buffer.split(heads.raw_key)[subset] + gate * projected.key
-            buffer.keys[layer][subset] = norm(rope.rotate(raw_key))
+            buffer.keys[layer][subset] = rope_norm(raw_key, *rope)
             buffer.values[layer][subset] = buffer.values[layer][subset] + gate * projected.value

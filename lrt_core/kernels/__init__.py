@@ -1,0 +1,173 @@
+"""Native CPU kernels where the package's build found a compiler, and beside each the torch twin that serves elsewhere.
+
+The library is plain C++ loaded through ctypes. `is_native` tells which of the two is in use; parity tests and benchmarks switch
+with `native(False)`. Native code has no backward, so it runs only where no gradients are recorded.
+Neighbours: `native.cpp` is the source, `model.py` and `paged.py` are the callers.
+
+Shapes: T tokens, S sequences, C context, N query heads, G key/value heads, H head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lrt_core.attention import attention
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_VERSION = 1
+"""Of the library's functions; raised with every change of one, so that a library from an older build is not called."""
+_EPS = torch.finfo(torch.float32).eps
+"""Of every norm, in bfloat16 too."""
+
+
+def _load() -> ctypes.CDLL | None:
+    """The library, or None where it was not built, does not run here or is of another version."""
+    built = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not built:
+        return None
+    try:
+        # The kernels' threads must come from the OpenMP runtime that torch uses, or two pools would spin against each other.
+        ctypes.CDLL(_openmp(), mode=ctypes.RTLD_GLOBAL)
+        library = ctypes.CDLL(str(built[0]))
+    except OSError:
+        return None
+    return library if hasattr(library, "lrt_version") and library.lrt_version() == _VERSION else None
+
+
+def _openmp() -> str:
+    package = Path(torch.__file__).parent
+    for folder in (package / "lib", package.parent / "torch.libs"):
+        for library in sorted(folder.glob("libgomp*.so*")):
+            return str(library)
+    return "libgomp.so.1"
+
+
+_library = _load()
+_enabled = True
+
+
+def is_native() -> bool:
+    """Whether native kernels run."""
+    return _library is not None and _enabled
+
+
+@contextmanager
+def native(enabled: bool) -> Iterator[None]:
+    """Switch native kernels on (where they exist) or off within a block."""
+    global _enabled
+    before, _enabled = _enabled, enabled
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def _can_run(x: Tensor) -> bool:
+    """Whether native code may take `x`, its layout aside."""
+    return is_native() and not torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype in _DTYPES
+
+
+def norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """RMS norm over the last axis without learned weights, in `dtype` (x's own without it); computed in at least float32."""
+    target = dtype or x.dtype
+    is_narrowing = (x.dtype, target) in ((torch.float32, torch.bfloat16), (x.dtype, x.dtype))
+    if not (_can_run(x) and is_narrowing and x.is_contiguous()):
+        return norm_twin(x).to(target)
+    assert _library is not None
+    out = torch.empty_like(x, dtype=target)
+    size = x.shape[-1]
+    _library.lrt_norm(
+        _DTYPES[x.dtype],
+        _DTYPES[target],
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_int64(x.numel() // size),
+        ctypes.c_int64(size),
+        ctypes.c_float(_EPS),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def norm_twin(x: Tensor) -> Tensor:
+    """`norm` by torch, in x's type."""
+    return F.rms_norm(x, (x.shape[-1],), eps=_EPS)
+
+
+def rope_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads, then norm each: x [..., T, heads, H], cos and sin float32 [..., T, 1, H/2]; result like x.
+
+    The first half of a head pairs with its second half: y1 = x1 cos + x2 sin, y2 = x2 cos - x1 sin.
+    """
+    flat = x.ndim == cos.ndim == 3 and x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]
+    if not (_can_run(x) and flat and cos.is_contiguous() and sin.is_contiguous()):
+        return rope_norm_twin(x, cos, sin)
+    assert _library is not None and cos.dtype == sin.dtype == torch.float32
+    num_tokens, num_heads, head_dim = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _library.lrt_rope_norm(
+        _DTYPES[x.dtype],
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_int64(x.stride(0)),
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (cos, sin, out)),
+        *map(ctypes.c_int64, (num_tokens, num_heads, head_dim)),
+        ctypes.c_float(_EPS),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def rope_norm_twin(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rope_norm` by torch, in x's type throughout."""
+    return norm_twin(rotate(x, cos, sin))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotation alone; shapes as in `rope_norm`."""
+    x1, x2 = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+def decode_attention(
+    query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, context_lens: Tensor, mask: Tensor, window: int
+) -> Tensor:
+    """Attention of one query row per sequence over its slots of a paged cache, without gathering them.
+
+    query [S, N, H]; keys and values [num_slots, G, H]; slots int64 [S, C]; context_lens int64 [S], each at least 1; a query
+    sees its last window + 1 tokens, which `mask` [S, 1, 1, C] says too. Returns [S, N, H].
+    """
+    tensors = (query, keys, values, slots, context_lens)
+    fits = keys.dtype == values.dtype == query.dtype and all(tensor.is_contiguous() for tensor in tensors)
+    if not (_can_run(query) and fits):
+        return decode_attention_twin(query, keys, values, slots, mask)
+    assert _library is not None
+    num_sequences, num_heads, head_dim = query.shape
+    out = torch.empty_like(query)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (query, keys, values, out, slots)]
+    sizes = (num_sequences, num_heads, keys.shape[1], head_dim, window)
+    _library.lrt_decode_attention(
+        _DTYPES[query.dtype],
+        *pointers,
+        ctypes.c_int64(slots.shape[1]),
+        ctypes.c_void_p(context_lens.data_ptr()),
+        *map(ctypes.c_int64, sizes),
+        ctypes.c_float(head_dim**-0.5),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def decode_attention_twin(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+    """`decode_attention` by gather and SDPA. The query heads of one KV head stand as its queries: nothing is repeated."""
+    num_sequences, _, head_dim = query.shape
+    grouped = query.reshape(num_sequences, keys.shape[1], -1, head_dim).transpose(1, 2)
+    out = attention(grouped, keys[slots], values[slots], mask=mask)
+    return out.transpose(1, 2).flatten(1, 2)

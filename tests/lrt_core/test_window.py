@@ -1,0 +1,95 @@
+"""Which rows settle, as a table, and how a window's width follows what its passes settle."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrt_core.window import CHEAP, PERIOD, WASTEFUL, WindowControl, num_settled
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], 1),
+        ([0.0], 2),
+        ([0.1], 2),
+        ([0.11], 1),
+        ([0.05, 0.05, 0.05], 4),
+        ([0.05, 0.2, 0.05], 2),
+        ([0.2, 0.0, 0.0], 1),
+        ([NAN], 1),
+        ([0.0, NAN, 0.0], 2),
+        ([INF, 0.0], 1),
+    ],
+)
+def test_settled_rows(changes: list[float], expected: int) -> None:
+    """The first row always settles; the others up to the first change above 0.1, NaN included."""
+    assert num_settled(changes, 0.1) == expected
+
+
+def test_zero_tolerance_settles_only_what_stands_still() -> None:
+    assert num_settled([0.0, 0.0, 1e-30, 0.0], 0.0) == 3
+
+
+def widths_over(control: WindowControl, num_passes: int, settled_per_pass: int) -> list[int]:
+    """The widths of so many passes, each as wide as it may be."""
+    widths = []
+    for _ in range(num_passes):
+        widths.append(control.width)
+        control.observe(min(settled_per_pass, control.width), control.width)
+    return widths
+
+
+def test_it_narrows_where_nothing_contracts() -> None:
+    """One row a pass: halved every period, until the rows per settled position are affordable."""
+    control = WindowControl(128)
+    assert (
+        widths_over(control, 6 * PERIOD, 1) == [128] * PERIOD + [64] * PERIOD + [32] * PERIOD + [16] * PERIOD + [8] * 2 * PERIOD
+    )
+    assert CHEAP <= control.width <= WASTEFUL
+
+
+@pytest.mark.parametrize("settled_per_pass", [11, 16, 64, 128])
+def test_it_stays_wide_where_passes_settle_enough(settled_per_pass: int) -> None:
+    assert widths_over(WindowControl(128), 5 * PERIOD, settled_per_pass) == [128] * 5 * PERIOD
+
+
+def test_the_first_passes_do_not_narrow_it() -> None:
+    """They settle a row or two by nature; what counts is the whole period."""
+    control = WindowControl(64)
+    assert widths_over(control, PERIOD - 1, 1) == [64] * (PERIOD - 1)
+    control.observe(64, 64)
+    assert control.width == 64
+    assert widths_over(control, PERIOD, 1)[-1] == 64, "a new period counts for itself"
+    assert control.width == 32
+
+
+def test_it_widens_again_up_to_its_maximum() -> None:
+    control = WindowControl(48)
+    widths_over(control, 2 * PERIOD, 1)
+    assert control.width == 12
+    assert [control.width for _ in range(4) if widths_over(control, PERIOD, 12)] == [24, 48, 48, 48]
+
+
+def test_narrow_windows_of_a_full_step_are_no_reason_to_narrow() -> None:
+    """A step's budget may cut a window; rows are counted, not widths."""
+    control = WindowControl(64)
+    for _ in range(3 * PERIOD):
+        control.observe(1, 2)
+    assert control.width == 64
+
+
+@given(st.integers(1, 300), st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), max_size=200))
+def test_any_history_keeps_it_within_bounds(maximum: int, passes: list[tuple[int, int]]) -> None:
+    control = WindowControl(maximum)
+    for settled, rows in passes:
+        before = control.width
+        control.observe(min(settled, rows), rows)
+        assert 1 <= control.width <= maximum
+        assert control.width in (before, before // 2, min(maximum, 2 * before))
