@@ -212,6 +212,7 @@ def test_silence_is_filled_also_when_one_of_several_streams_has_ended(monkeypatc
             await asyncio.sleep(0.005)
         go.set()
         await client.task
+        assert client.body.count(b'"finish_reason":"length"') == 2 and client.body.endswith(b"data: [DONE]\n\n")
 
     asyncio.run(asyncio.wait_for(run(), 30))
 
