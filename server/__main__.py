@@ -168,10 +168,12 @@ def _serve(settings: ServerConfig, listener: socket.socket) -> int:
 
 def _load(settings: ServerConfig) -> tuple[Service, str]:
     """The engine and what surrounds it, and a line that tells of it. Raises StartError."""
+    import torch
+
     from lrt_core.checkpoint import BUNDLED, CheckpointError, load_config
     from lrt_core.kernels import is_native
     from server.api.service import Service
-    from server.engine.loader import LoadError, load_engine
+    from server.engine.loader import LoadError, is_small, load_engine
     from server.metrics import EngineMetrics
 
     checkpoint = settings.checkpoint or BUNDLED
@@ -186,6 +188,8 @@ def _load(settings: ServerConfig) -> tuple[Service, str]:
     except (CheckpointError, OSError) as error:
         raise StartError(str(error)) from None
     model = engine.engine.runner.model
+    if settings.threads or is_small(model.config, settings.device):
+        torch.set_num_threads(settings.threads or 1)
     dtype = str(model.dtype).removeprefix("torch.")
     metrics.describe(engine.config, dtype, engine.engine.runner.pool.latents[0].nbytes, time.monotonic() - started)
     recurrence = model.config.recurrence

@@ -42,6 +42,7 @@ class ServerConfig:
     prefill_window: int = 128
     prefill_tolerance: float | None = None
     no_prefix_caching: bool = False
+    threads: int | None = None
     check_invariants: bool = False
     max_body_size: int = 16 * 2**20
     shutdown_timeout: float = 60.0
@@ -166,7 +167,7 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
 
 def _add_engine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--dtype", choices=("auto", "float32", "bfloat16"), help="of weights and cache; auto: bfloat16 where it is fast")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), help="of weights and cache; auto: bfloat16 where it pays")
     add("--device", type=_device, help="cpu, cuda or cuda:N (default cpu)")
     add("--max-model-len", type=_count, metavar="N", help="longest prompt and output together (default: the trained context)")
     add("--max-num-seqs", type=_count, metavar="N", help="sequences that run at once (default 64)")
@@ -198,6 +199,7 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         metavar="X",
         help="relative change below which a memory counts as settled (default 1e-5 in float32, 4e-3 in bfloat16)",
     )
+    add("--threads", type=_count, metavar="N", help="threads of one operator (default: one per core, 1 for a small model)")
     add("--no-prefix-caching", action="store_true", help="compute every prompt anew instead of reusing common beginnings")
     add("--check-invariants", action="store_true", help="verify the cache's books after every step; a failure stops the engine")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from lrt_core.checkpoint import load_generation_config, load_model, load_tokenizer
+from lrt_core.checkpoint import expected_shapes, load_config, load_generation_config, load_model, load_tokenizer
 from lrt_core.config import ModelConfig
 from lrt_core.fused import fuse
 from lrt_core.hardware import available_memory, has_fast_bf16
@@ -25,6 +26,8 @@ from server.engine.stats import EngineObserver
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 """Relative change below which a memory counts as settled; bfloat16 itself rounds to 4e-3."""
+SMALL_MODEL = 16 * 2**20
+"""Parameters below which the weights stay in a CPU's cache: bfloat16 and a second thread then cost more than they save."""
 _MEMORY_SHARE = 0.4
 """Largest share of the memory still available that the cache takes unless told otherwise."""
 
@@ -36,7 +39,8 @@ class LoadError(ValueError):
 @dataclass(frozen=True)
 class LoadOptions:
     """What to load and how. None lets model and machine decide: max_model_len is the trained context, kv_cache_memory (bytes)
-    what max_num_seqs sequences of full length need within a share of the free memory, the tolerance follows the type."""
+    what max_num_seqs sequences of full length need within a share of the free memory, the tolerance follows the type. dtype
+    auto is bfloat16 where hardware has it and the model is not small."""
 
     checkpoint: Path
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -61,7 +65,7 @@ def load_engine(options: LoadOptions, observer: EngineObserver | None = None) ->
     """
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         raise LoadError(f"--device {options.device}: no CUDA device is available")
-    dtype = DTYPES.get(options.dtype) or (torch.bfloat16 if has_fast_bf16(options.device) else torch.float32)
+    dtype = DTYPES.get(options.dtype) or _auto_dtype(options)
     model = load_model(options.checkpoint, dtype=dtype, device=options.device)
     tokenizer = load_tokenizer(options.checkpoint)
     generation = load_generation_config(options.checkpoint)
@@ -69,6 +73,17 @@ def load_engine(options: LoadOptions, observer: EngineObserver | None = None) ->
     runner = _make_runner(pack(fuse(model)), resolve(options, model.config, dtype))
     engine = Engine(runner, generation.eos_token_ids, options.check_invariants, weights_id=weights_id)
     return AsyncEngine(engine, tokenizer, observer)
+
+
+def _auto_dtype(options: LoadOptions) -> torch.dtype:
+    is_fast = has_fast_bf16(options.device) and not is_small(load_config(options.checkpoint), options.device)
+    return torch.bfloat16 if is_fast else torch.float32
+
+
+def is_small(config: ModelConfig, device: str) -> bool:
+    """Whether a model of this shape runs from the cache of a CPU."""
+    num_parameters = sum(math.prod(shape) for shape in expected_shapes(config).values())
+    return torch.device(device).type == "cpu" and num_parameters < SMALL_MODEL
 
 
 def _make_runner(model: LatentRecurrentTransformer, config: EngineConfig) -> ModelRunner:

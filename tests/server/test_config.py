@@ -23,6 +23,7 @@ EVERY_FLAG = {
     "--prefill": ("sequential", "sequential"),
     "--prefill-window": ("9", 9),
     "--prefill-tolerance": ("1e-3", 1e-3),
+    "--threads": ("2", 2),
     "--max-body-size": ("1k", 1024),
     "--shutdown-timeout": ("0.5", 0.5),
     "--metrics-prefix": ("vllm", "vllm"),

@@ -12,7 +12,7 @@ import torch
 from lrt_core.checkpoint import CheckpointError, load_model, save_checkpoint
 from lrt_core.paged import PagedPool
 from server.engine import loader
-from server.engine.loader import LoadError, LoadOptions, fingerprint, load_engine, resolve
+from server.engine.loader import LoadError, LoadOptions, fingerprint, is_small, load_engine, resolve
 from tests.engines import oracle, request
 from tests.helpers import tiny_config, tiny_model, tiny_tokenizer
 
@@ -49,14 +49,15 @@ def test_ends_are_the_generation_configs(checkpoint: Path) -> None:
     assert engine.engine.eos_ids == tiny_tokenizer().eos_ids
 
 
-@pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_the_type_follows_the_machine(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, expected: torch.dtype
-) -> None:
+@pytest.mark.parametrize(("fast", "small"), [(True, False), (True, True), (False, False)])
+def test_the_type_follows_machine_and_size(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, small: bool) -> None:
     monkeypatch.setattr(loader, "has_fast_bf16", lambda device: fast)
+    monkeypatch.setattr(loader, "SMALL_MODEL", 10**9 if small else 1)
+    assert is_small(CONFIG, "cpu") == small and not is_small(CONFIG, "cuda")
     runner = load_engine(LoadOptions(checkpoint)).engine.runner
-    assert runner.model.dtype == runner.pool.keys.dtype == expected
-    assert runner.config.tolerance == (4e-3 if fast else 1e-5)
+    is_bfloat16 = fast and not small
+    assert runner.model.dtype == runner.pool.keys.dtype == (torch.bfloat16 if is_bfloat16 else torch.float32)
+    assert runner.config.tolerance == (4e-3 if is_bfloat16 else 1e-5)
     assert load_engine(LoadOptions(checkpoint, dtype="float32")).engine.runner.model.dtype == torch.float32
 
 
