@@ -88,7 +88,7 @@ def read_by_engine(model: LatentRecurrentTransformer, ids: list[list[int]], pref
 
 @pytest.mark.parametrize("dtype", DEFAULT_TOLERANCE)
 def test_windows_settle(dtype: torch.dtype) -> None:
-    """The trained recurrence contracts beyond the type's rounding, so a window costs far fewer rows per token than its width."""
+    """The trained recurrence contracts beyond the rounding: a window costs far fewer rows per token than its width."""
     model, ids = load_model(BUNDLED, dtype=dtype), prompts()[-1]
     engine = make_engine(
         model, window=64, tolerance=DEFAULT_TOLERANCE[dtype], max_model_len=LONGEST + 1, num_blocks=20, block_size=16
