@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from lrt_core import kernels
 from lrt_core.checkpoint import load_model
 from lrt_core.generate import generate, read
 from lrt_core.kv import CausalKV, DenseKV
@@ -16,6 +18,13 @@ from lrt_core.model import LatentRecurrentTransformer
 from tests.helpers import GOLDEN_NAMES, PLAIN_GOLDEN, RECURRENT_GOLDEN, golden_expected
 
 LOGIT_TOLERANCE = 1e-4
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def operators(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every case with the native kernels, where they were built, and with their torch twins: the oracle rests on both."""
+    with kernels.native(request.param == "native"):
+        yield
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
