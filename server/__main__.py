@@ -188,6 +188,8 @@ def _load(settings: ServerConfig) -> tuple[Service, str]:
     except (CheckpointError, OSError) as error:
         raise StartError(str(error)) from None
     model = engine.engine.runner.model
+    if engine.config.max_model_len > trained_len:
+        logger.warning("--max-model-len %d is beyond the trained %d tokens", engine.config.max_model_len, trained_len)
     if settings.threads or is_small(model.config, settings.device):
         torch.set_num_threads(settings.threads or 1)
     dtype = str(model.dtype).removeprefix("torch.")

@@ -107,7 +107,7 @@ def test_numbers_that_make_no_engine(memory: dict[str, int], values: dict[str, A
 
 def test_a_device_that_is_not_there(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(LoadError, match="no CUDA device"):
+    with pytest.raises(LoadError, match="usable CUDA devices"):
         load_engine(LoadOptions(checkpoint, device="cuda"))
 
 

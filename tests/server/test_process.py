@@ -29,6 +29,9 @@ def server(checkpoint: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen
     try:
         assert process.stderr is not None
         line = process.stderr.readline()
+        if "--max-model-len" in arguments:
+            assert line.startswith("WARNING: --max-model-len ") and "beyond the trained 64 tokens" in line
+            line = process.stderr.readline()
         found = re.search(r"http://\S+", line)
         assert found is not None, line + process.stderr.read()
         yield process, line, found.group()

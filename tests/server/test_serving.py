@@ -17,11 +17,13 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 import uvicorn
 
 from server import __main__ as command
 from server.__main__ import FLUSH_SECONDS, Server, main
 from server.config import ServerConfig
+from server.engine import loader
 from server.engine.request import Delta, GenerationRequest
 from tests.server.fakes import FakeEngine, Step, assert_envelope, make_app
 
@@ -235,3 +237,13 @@ def test_numbers_that_do_not_go_together(
     assert main([str(checkpoint), "--port", "0", *arguments]) == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
+
+
+def test_threads_follow_the_flag_and_the_models_size(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    command._load(ServerConfig(checkpoint=checkpoint, threads=3))
+    command._load(ServerConfig(checkpoint=checkpoint))
+    monkeypatch.setattr(loader, "SMALL_MODEL", 1)
+    command._load(ServerConfig(checkpoint=checkpoint))
+    assert chosen == [3, 1], "as told; one for a small model; torch's own choice otherwise"
