@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -120,3 +122,20 @@ class PagedKV:
             first = self.decodes.mask(window) if self.decodes is not None else torch.empty(0)
             self._masks[window] = [first, *(group.mask(window) for group in self.windows)]
         return self._masks[window]
+
+
+@dataclass(frozen=True)
+class NativeKV:
+    """One step over the pool as native code reads it: blocks, not slots.
+
+    slots int64 [T]: where keys and values go. Sequence s owns rows row_starts[s]..row_starts[s + 1] (int32 [S + 1]), sees
+    context_lens[s] tokens with its last row, and its blocks are tables[table_starts[s]...].
+    """
+
+    pool: PagedPool
+    block_size: int
+    slots: Tensor
+    row_starts: npt.NDArray[np.int32]
+    context_lens: npt.NDArray[np.int32]
+    table_starts: npt.NDArray[np.int32]
+    tables: npt.NDArray[np.int32]

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrt_core.attention import attention
+from lrt_core.kernels.plan import declare
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_VERSION = 1
+_VERSION = 2
 """Of the library's functions; raised with every change of one, so that a library from an older build is not called."""
 _EPS = torch.finfo(torch.float32).eps
 """Of every norm, in bfloat16 too."""
@@ -38,7 +39,10 @@ def _load() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(built[0]))
     except OSError:
         return None
-    return library if hasattr(library, "lrt_version") and library.lrt_version() == _VERSION else None
+    if not hasattr(library, "lrt_version") or library.lrt_version() != _VERSION:
+        return None
+    declare(library)
+    return library
 
 
 def _openmp() -> str:
@@ -56,6 +60,18 @@ _enabled = True
 def is_native() -> bool:
     """Whether native kernels run."""
     return _library is not None and _enabled
+
+
+def library() -> ctypes.CDLL:
+    """The native functions, for a caller that has asked `is_native`."""
+    assert _library is not None
+    return _library
+
+
+def instruction_set() -> str:
+    """Which of its instruction sets the native step uses here."""
+    name: bytes = library().lrt_instruction_set()
+    return name.decode()
 
 
 @contextmanager

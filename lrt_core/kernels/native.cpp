@@ -239,7 +239,7 @@ void decode_attention(
 extern "C" {
 
 // Changes with every change of a function below; `__init__.py` refuses a library of another version.
-int lrt_version() { return 1; }
+int lrt_version() { return 2; }
 
 // Attention of one query row per sequence over its slots of a paged cache. query and out [S, N, H]; keys and values
 // [num_slots, G, H]; slots [S, C]; context_lens [S], each in 1..C; a query sees its last `window` + 1 tokens.

@@ -1,0 +1,75 @@
+// What Python hands to the native step: plain structs, mirrored field by field in `plan.py`.
+//
+// Shapes: T rows of a step (the tokens of all sequences, flat), S sequences, D hidden size, N query heads, G key/value heads,
+// H head size, L layers, V vocabulary.
+
+#pragma once
+
+#include <cstdint>
+
+namespace lrt {
+
+enum Kind : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+
+// Outputs of one packed tile; `plan.py` lays weights out in tiles of this width.
+constexpr int64_t kTile = 16;
+
+// A weight [n, k] in tiles of 16 outputs, zero-padded to multiples of 16 both ways: float32 [n/16][k][16],
+// bfloat16 [n/16][k/2][16][2], int8 [n/16][k/4][16][4] with one scale per output.
+struct Matrix {
+    const void* data;
+    const float* scales;
+    int64_t n, k;
+    int32_t kind;
+};
+
+struct Layer {
+    Matrix input;   // query, key, value and gates: D -> N*H + 2*G*H + num_gates*G
+    Matrix memory;  // projected key and value of this layer's own pair: D -> 2*G*H; no data where there is none of its own
+    Matrix output;  // N*H -> D
+    Matrix up;      // D -> I
+    Matrix down;    // I -> D
+    const void* value_embedding;  // [V, G*H] in the embedding's type, or null
+    float residual_scale, embedding_scale, memory_scale;
+    int32_t num_gates;
+    int64_t window;  // largest distance at which a query sees a key
+};
+
+struct Model {
+    int64_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size;
+    const void* embedding;  // [V, D]
+    int32_t embedding_kind;
+    int32_t shares_memory;  // one memory projection for all layers, `memory`
+    Matrix memory;
+    Matrix head;
+    const Layer* layers;
+    const float* cos;  // [positions, H/2]
+    const float* sin;
+    float softcap, eps;
+};
+
+struct Pool {
+    void* keys;  // [L, slots, G, H]; may be read (not written) up to 64 numbers past the end
+    void* values;
+    int32_t kind;  // kFloat32 or kBfloat16
+    int32_t block_size;
+    int64_t layer_stride;  // in numbers
+};
+
+// Sequence s owns rows row_starts[s]..row_starts[s+1]; its last row stands at position context_lens[s] - 1, and its blocks are
+// tables[table_starts[s]...].
+struct Step {
+    int64_t num_rows, num_sequences;
+    const int64_t* tokens;     // [T]
+    const int64_t* positions;  // [T]
+    const int64_t* slots;      // [T] where keys and values go
+    const int32_t* row_starts;
+    const int32_t* context_lens;
+    const int32_t* table_starts;
+    const int32_t* tables;
+    const float* memory;  // [T, D], or null for a plain model
+    float* x;             // [T, D padded to 16] residual stream
+    float* x0;            // the same before layer 0
+};
+
+}  // namespace lrt

@@ -1,0 +1,219 @@
+// The native step: all layers over a step's rows in one call, for every instruction set, chosen at run time.
+//
+// Plain C++17 without any header of torch or Python, so that any compiler builds it. Threads come from OpenMP: no library is
+// linked for it, the loader brings the one that torch already uses, so that one pool of threads serves both.
+// Neighbours: `plan.h` has the structs, `products.h`, `attention.h` and `step.h` the work, `plan.py` the Python side.
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "plan.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAS_VARIANTS 1
+#include <immintrin.h>
+#if defined(__clang__)
+#define HAS_BF16_DOT (__clang_major__ >= 16)
+#else
+#define HAS_BF16_DOT (__GNUC__ >= 10)
+#endif
+#endif
+
+namespace lrt {
+
+// A counter on a cache line of its own: threads take work from it in order.
+struct alignas(64) Counter {
+    int64_t next;
+};
+
+// One thread's view of the team that runs a call. Every thread goes through the same phases in the same order.
+struct Team {
+    int64_t thread, num_threads;
+    Counter* counters;
+
+    inline __attribute__((always_inline)) int64_t* next_counter() { return &(counters++)->next; }
+
+    inline __attribute__((always_inline)) int64_t take(int64_t* counter, int64_t count) {
+        return __atomic_fetch_add(counter, count, __ATOMIC_RELAXED);
+    }
+
+    void barrier() {
+#pragma omp barrier
+    }
+};
+
+#define LANES 8
+#define BF16_DOT 0
+namespace plain {
+namespace {
+#include "vectors.h"
+#include "products.h"
+#include "attention.h"
+#include "step.h"
+}  // namespace
+}  // namespace plain
+#undef LANES
+
+#if HAS_VARIANTS
+#ifdef __clang__
+#define BEGIN_TARGET(features) _Pragma(features)
+#endif
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define LANES 8
+namespace avx2 {
+namespace {
+#include "vectors.h"
+#include "products.h"
+#include "attention.h"
+#include "step.h"
+}  // namespace
+}  // namespace avx2
+#undef LANES
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
+#endif
+#define LANES 16
+namespace avx512 {
+namespace {
+#include "vectors.h"
+#include "products.h"
+#include "attention.h"
+#include "step.h"
+}  // namespace
+}  // namespace avx512
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#if HAS_BF16_DOT
+#undef BF16_DOT
+#define BF16_DOT 1
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,prefer-vector-width=512")
+#endif
+namespace avx512_bf16 {
+namespace {
+#include "vectors.h"
+#include "products.h"
+#include "attention.h"
+#include "step.h"
+}  // namespace
+}  // namespace avx512_bf16
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+#undef LANES
+#endif
+
+namespace {
+
+struct Set {
+    const char* name;
+    void (*embed)(const Model&, const Step&, Team&);
+    void (*layers)(const Model&, const Pool&, const Step&, int64_t, int64_t, char*, float*, Team&);
+    void (*apply)(const Matrix&, const float*, int64_t, float, char*, float*, Team&);
+    int64_t (*workspace_size)(const Model&, int64_t, int64_t);
+};
+
+constexpr Set kPlain = {"plain", plain::embed, plain::layers, plain::apply, plain::workspace_size};
+#if HAS_VARIANTS
+constexpr Set kAvx2 = {"avx2", avx2::embed, avx2::layers, avx2::apply, avx2::workspace_size};
+constexpr Set kAvx512 = {"avx512", avx512::embed, avx512::layers, avx512::apply, avx512::workspace_size};
+#if HAS_BF16_DOT
+constexpr Set kAvx512Bf16 = {"avx512_bf16", avx512_bf16::embed, avx512_bf16::layers, avx512_bf16::apply, avx512_bf16::workspace_size};
+#endif
+#endif
+
+// The best instruction set that this processor has.
+Set detect() {
+#if HAS_VARIANTS
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+#if HAS_BF16_DOT
+        if (__builtin_cpu_supports("avx512bf16")) return kAvx512Bf16;
+#endif
+        return kAvx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+    return kPlain;
+}
+
+Set set = detect();
+
+// Phases of a call: each has at most one counter of its own, and a few more before and after the layers.
+constexpr int64_t kCountersPerLayer = 10, kOtherCounters = 8;
+
+template <typename Work>
+void run_team(int64_t num_threads, int64_t num_counters, Work work) {
+    Counter* counters = new Counter[num_counters]();
+#pragma omp parallel num_threads(num_threads)
+    {
+#ifdef _OPENMP
+        Team team{omp_get_thread_num(), omp_get_num_threads(), counters};
+#else
+        Team team{0, 1, counters};
+#endif
+        work(team);
+    }
+    delete[] counters;
+}
+
+}  // namespace
+}  // namespace lrt
+
+extern "C" {
+
+// Which instruction set runs.
+const char* lrt_instruction_set() { return lrt::set.name; }
+
+int64_t lrt_workspace_size(const lrt::Model* model, int64_t rows, int64_t num_threads) {
+    return lrt::set.workspace_size(*model, rows, num_threads);
+}
+
+// step->x and step->x0 = the residual stream before layer 0.
+void lrt_embed(const lrt::Model* model, const lrt::Step* step, int64_t num_threads) {
+    lrt::run_team(num_threads, lrt::kOtherCounters, [&](lrt::Team& team) { lrt::set.embed(*model, *step, team); });
+}
+
+// Layers first..end - 1 over step->x; out [T, D] = norm of what they leave. workspace: `lrt_workspace_size` bytes, zeroed once.
+void lrt_layers(const lrt::Model* model, const lrt::Pool* pool, const lrt::Step* step, int64_t first, int64_t end, char* workspace,
+                float* out, int64_t num_threads) {
+    lrt::run_team(num_threads, lrt::kOtherCounters + lrt::kCountersPerLayer * (end - first),
+                  [&](lrt::Team& team) { lrt::set.layers(*model, *pool, *step, first, end, workspace, out, team); });
+}
+
+// out [rows, n] = input [rows, k] times the matrix, capped where softcap > 0. workspace: rows * (k padded to 16) * 6 bytes, zeroed.
+void lrt_apply(const lrt::Matrix* matrix, const float* input, int64_t rows, float softcap, char* workspace, float* out,
+               int64_t num_threads) {
+    lrt::run_team(num_threads, lrt::kOtherCounters,
+                  [&](lrt::Team& team) { lrt::set.apply(*matrix, input, rows, softcap, workspace, out, team); });
+}
+}
