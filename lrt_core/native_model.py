@@ -1,6 +1,6 @@
 """A model for serving on a CPU whose layers run in native code: one call takes all rows of a step through them.
 
-It has the same parts as `LatentRecurrentTransformer` (begin, run_to_source, run_from_source, logits), over the paged pool alone.
+It has the parts of `LatentRecurrentTransformer` (begin, run_to_source, run_from_source, logits), over the paged pool alone.
 Every output of a product is summed in one order whatever the number of rows, so a row's result is bit-equal alone and in any
 batch. Neighbours: `kernels/step.cpp` does the work, `model.py` is its twin, the server's model runner calls it.
 
