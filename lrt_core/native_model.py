@@ -13,7 +13,7 @@ import ctypes
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrt_core import kernels
 from lrt_core.config import ModelConfig
@@ -30,7 +30,7 @@ from lrt_core.kernels.plan import (
     pointer,
 )
 from lrt_core.memory import MemoryProjection
-from lrt_core.model import LatentRecurrentTransformer, make_rope
+from lrt_core.model import InputProjections, LatentRecurrentTransformer, Layer, make_rope
 from lrt_core.paged import NativeKV
 
 EPS = torch.finfo(torch.float32).eps
@@ -49,8 +49,8 @@ class NativeStream:
     def select(self, rows: Tensor) -> NativeStream:
         """The stream of some rows [R]."""
         memory = None if self.memory is None else self.memory.index_select(0, rows)
-        taken = (part.index_select(0, rows) for part in (self.x, self.x0, self.tokens, self.positions))
-        return NativeStream(*taken, memory)
+        x, x0, tokens, positions = (part.index_select(0, rows) for part in (self.x, self.x0, self.tokens, self.positions))
+        return NativeStream(x, x0, tokens, positions, memory)
 
 
 def can_run(model: LatentRecurrentTransformer) -> bool:
@@ -171,12 +171,14 @@ class NativeModel:
     def _pack_layers(self, model: LatentRecurrentTransformer) -> list[LayerStruct]:
         structs = []
         for index, layer in enumerate(model.layers):
+            assert isinstance(layer, Layer)
             attention, mlp = layer.attention, layer.mlp
+            assert isinstance(attention.input, InputProjections), "already fused"
             embedding = attention.value_embedding
             own_memory = self.config.kv_projection and not self._shares_memory(model)
             structs.append(
                 LayerStruct(
-                    input=self._pack(FusedInputProjections(attention.input).linear.weight),
+                    input=self._pack(_weight(FusedInputProjections(attention.input).linear)),
                     memory=self._pack_memory(model, index) if own_memory else MatrixStruct(),
                     output=self._pack(attention.output.weight),
                     up=self._pack(mlp.up.weight),
@@ -198,7 +200,7 @@ class NativeModel:
     def _pack_memory(self, model: LatentRecurrentTransformer, pair: int) -> MatrixStruct:
         projection = model.memory_projection
         assert isinstance(projection, MemoryProjection)
-        weight = torch.cat([projection.key[pair].weight, projection.value[pair].weight])
+        weight = torch.cat([_weight(projection.key[pair]), _weight(projection.value[pair])])
         return self._pack(weight, self._quantize_memory)
 
     def _pack(self, weight: Tensor, quantize: bool | None = None) -> MatrixStruct:
@@ -209,6 +211,12 @@ class NativeModel:
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor.detach().contiguous())
         return self._kept[-1]
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _scale(scales: Tensor | None, layer: int, neutral: float) -> ctypes.c_float:
