@@ -220,4 +220,4 @@ def _weight(linear: nn.Module) -> Tensor:
 
 
 def _scale(scales: Tensor | None, layer: int, neutral: float) -> ctypes.c_float:
-    return ctypes.c_float(neutral if scales is None else float(scales[layer]))
+    return ctypes.c_float(neutral if scales is None else float(scales[layer].detach()))

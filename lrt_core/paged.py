@@ -11,6 +11,8 @@ D hidden size.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch import Tensor
 from lrt_core.attention import attention
 from lrt_core.config import ModelConfig
 from lrt_core.kernels import decode_attention
+from lrt_core.kernels.plan import READ_AHEAD
 from lrt_core.kv import Heads
 from lrt_core.model import stream_dtype
 
@@ -32,8 +35,7 @@ class PagedPool:
     def __init__(self, config: ModelConfig, num_slots: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.config, self.num_slots = config, num_slots
         shape = (config.num_layers, num_slots, config.num_kv_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
         self.latents = torch.zeros((num_slots + 1, config.hidden_size), dtype=stream_dtype(dtype), device=device)
 
     @property
@@ -54,6 +56,12 @@ class PagedPool:
     def load_memory(self, rows: Tensor) -> Tensor:
         """Memories [T, D] from latent rows [T] (`zero_row` where there is no predecessor)."""
         return self.latents.index_select(0, rows)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros with something behind them: native code reads whole vectors, past the last head's end too."""
+    size = math.prod(shape)
+    return torch.zeros(size + READ_AHEAD, dtype=dtype, device=device)[:size].view(shape)
 
 
 @dataclass(frozen=True)
@@ -139,3 +147,11 @@ class NativeKV:
     context_lens: npt.NDArray[np.int32]
     table_starts: npt.NDArray[np.int32]
     tables: npt.NDArray[np.int32]
+
+    def leading(self, rows: Tensor, counts: Sequence[int]) -> NativeKV:
+        """The same with the first counts[s] of every sequence's rows alone; rows [R] are theirs in this step."""
+        starts = self.row_starts[:-1]
+        ends = self.context_lens - (self.row_starts[1:] - starts) + np.asarray(counts, dtype=np.int32)
+        row_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        slots = self.slots.index_select(0, rows)
+        return NativeKV(self.pool, self.block_size, slots, row_starts, ends.astype(np.int32), self.table_starts, self.tables)

@@ -20,16 +20,15 @@ import torch
 
 from lrt_core.checkpoint import BUNDLED, CheckpointError, load_config, load_model
 from lrt_core.config import ModelConfig, RecurrenceConfig
-from lrt_core.fused import fuse
 from lrt_core.hardware import has_fast_bf16
+from lrt_core.kernels import is_native
 from lrt_core.model import LatentRecurrentTransformer
-from lrt_core.packed import pack
 from lrt_core.refine import refine
 from lrt_core.sampling_params import SamplingParams
 from server.engine.config import EngineConfig, PrefillMode
 from server.engine.engine import Engine
-from server.engine.loader import DEFAULT_TOLERANCE, DTYPES
-from server.engine.model_runner import ModelRunner
+from server.engine.loader import DEFAULT_TOLERANCE, DTYPES, serving_model
+from server.engine.model_runner import ModelRunner, ServingModel
 from server.engine.request import GenerationRequest, StoppingParams
 
 CONTRACTION = 3.3
@@ -107,7 +106,11 @@ def _fastest(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def make_engine(model: LatentRecurrentTransformer, prefill: PrefillMode, max_num_seqs: int, max_len: int) -> Engine:
+def _max_len(args: argparse.Namespace) -> int:
+    return int(args.prompt_len + args.new_tokens)
+
+
+def make_engine(model: ServingModel, prefill: PrefillMode, max_num_seqs: int, max_len: int) -> Engine:
     """An engine with room for max_num_seqs sequences of max_len tokens."""
     num_blocks = max_num_seqs * -(-max_len // 16)
     tolerance = DEFAULT_TOLERANCE[model.dtype]
@@ -152,7 +155,7 @@ def repeat(name: str, repetitions: int, rate: Callable[[], float]) -> Figure:
     return figure
 
 
-def _run_offline(args: argparse.Namespace, model: LatentRecurrentTransformer, label: str) -> list[Figure]:
+def _run_offline(args: argparse.Namespace, model: ServingModel, label: str) -> list[Figure]:
     figures = []
     for clients in args.clients:
         engine = make_engine(model, "window", clients, args.prompt_len + args.new_tokens)
@@ -162,7 +165,7 @@ def _run_offline(args: argparse.Namespace, model: LatentRecurrentTransformer, la
     return figures
 
 
-def _run_prefill(args: argparse.Namespace, model: LatentRecurrentTransformer, label: str) -> list[Figure]:
+def _run_prefill(args: argparse.Namespace, model: ServingModel, label: str) -> list[Figure]:
     modes: list[PrefillMode] = ["window", "sequential"] if model.config.recurrence is not None else ["window"]
     figures = []
     for mode in modes:
@@ -213,11 +216,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 when done."""
     args = _parser().parse_args(argv)
     args.prompt_len = args.prompt_len or (32 if args.mode == "offline" else 256)
-    dtype = DTYPES.get(args.dtype) or (torch.bfloat16 if has_fast_bf16("cpu") else torch.float32)
+    dtype = DTYPES.get(args.dtype) or (torch.bfloat16 if has_fast_bf16("cpu") or is_native() else torch.float32)
     bandwidth, rate = measure_limits()
     print(f"{torch.get_num_threads()} threads, {dtype}, read bandwidth {bandwidth:.1f} GB/s, bf16 products {rate:.0f} GFLOP/s")
     run = _run_offline if args.mode == "offline" else _run_prefill
-    figures = [figure for label, model in _models(args, dtype) for figure in run(args, pack(fuse(model)), label)]
+    figures = [
+        figure for label, model in _models(args, dtype) for figure in run(args, serving_model(model, _max_len(args)), label)
+    ]
     if args.json is not None:
         limits = {"read_bandwidth_gb_s": bandwidth, "bf16_gflop_s": rate, "threads": torch.get_num_threads()}
         args.json.write_text(json.dumps({**limits, "figures": [asdict(figure) for figure in figures]}, indent=2) + "\n")

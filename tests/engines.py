@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lrt_core.generate import generate
-from lrt_core.model import LatentRecurrentTransformer
+from lrt_core.model import InputProjections, LatentRecurrentTransformer
+from lrt_core.native_model import NativeModel, can_run
 from lrt_core.sampling_params import SamplingParams
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
@@ -35,7 +36,11 @@ def engine_config(**overrides: Any) -> EngineConfig:
 
 def make_engine(model: LatentRecurrentTransformer | None = None, eos_ids: Collection[int] = (), **overrides: Any) -> Engine:
     """An engine that checks its invariants after every step; overrides as in `engine_config`."""
-    return Engine(ModelRunner(model or tiny_model(), engine_config(**overrides)), eos_ids, check_invariants=True, seed=0)
+    plain, config = model or tiny_model(), engine_config(**overrides)
+    # As the loader does, but that a model which the caller has fused or packed stays what it is.
+    is_fused = not isinstance(plain.get_submodule("layers.0.attention").input, InputProjections)
+    served = NativeModel(plain, config.max_model_len) if can_run(plain) and not is_fused else plain
+    return Engine(ModelRunner(served, config), eos_ids, check_invariants=True, seed=0)
 
 
 def request(

@@ -5,13 +5,16 @@ Decoding sequences come first, so that they are one padded group; every prompt w
 
 from __future__ import annotations
 
+import itertools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lrt_core.paged import DecodeGroup, PagedKV, PagedPool, WindowGroup
+from lrt_core.paged import DecodeGroup, NativeKV, PagedKV, PagedPool, WindowGroup
 from server.engine.scheduler import ScheduledWindow
 
 
@@ -25,11 +28,11 @@ class Batch:
     positions: Tensor
     slots: Tensor
     memory_rows: Tensor
-    kv: PagedKV
+    kv: PagedKV | NativeKV
 
 
-def build(windows: Sequence[ScheduledWindow], pool: PagedPool, block_size: int) -> Batch:
-    """Lay out the step's windows over the pool."""
+def build(windows: Sequence[ScheduledWindow], pool: PagedPool, block_size: int, native: bool = False) -> Batch:
+    """Lay out the step's windows over the pool, for native code or for torch."""
     ordered = sorted(windows, key=lambda window: window.num_tokens > 1)
     tokens: list[int] = []
     positions: list[int] = []
@@ -46,13 +49,29 @@ def build(windows: Sequence[ScheduledWindow], pool: PagedPool, block_size: int) 
         offsets.append(len(tokens))
     device = pool.keys.device
     flat = torch.tensor([tokens, positions, slots, memory_rows], device=device)
-    kv = PagedKV(pool, flat[2], *_groups(ordered, offsets, block_size, device))
+    kv: PagedKV | NativeKV
+    if native:
+        kv = _native_kv(ordered, offsets, flat[2], pool, block_size)
+    else:
+        kv = PagedKV(pool, flat[2], *_groups(ordered, offsets, block_size, device))
     return Batch(ordered, offsets, flat[0], flat[1], flat[2], flat[3], kv)
 
 
-def settled_part(batch: Batch, num_settled: Sequence[int]) -> tuple[Tensor, list[int], PagedKV]:
+def _native_kv(windows: list[ScheduledWindow], offsets: list[int], slots: Tensor, pool: PagedPool, block_size: int) -> NativeKV:
+    tables, starts, context_lens = array("i"), array("i"), array("i")
+    for window in windows:
+        starts.append(len(tables))
+        tables.extend(window.sequence.block_table)
+        context_lens.append(window.start + window.num_tokens)
+    parts = (np.frombuffer(part, dtype=np.int32) for part in (array("i", offsets), context_lens, starts, tables))
+    return NativeKV(pool, block_size, slots, *parts)
+
+
+def settled_part(batch: Batch, num_settled: Sequence[int]) -> tuple[Tensor, list[int], PagedKV | NativeKV]:
     """The leading num_settled[i] rows of every window i: their rows in the batch [R], the windows' offsets among them, and the
     pool as they see it."""
+    if isinstance(batch.kv, NativeKV):
+        return _native_settled_part(batch, batch.kv, num_settled)
     rows: list[int] = []
     offsets = [0]
     groups = []
@@ -67,6 +86,12 @@ def settled_part(batch: Batch, num_settled: Sequence[int]) -> tuple[Tensor, list
     index_of_rows = torch.tensor(rows, device=batch.slots.device)
     kv = PagedKV(batch.kv.pool, batch.slots.index_select(0, index_of_rows), batch.kv.decodes, groups)
     return index_of_rows, offsets, kv
+
+
+def _native_settled_part(batch: Batch, kv: NativeKV, num_settled: Sequence[int]) -> tuple[Tensor, list[int], NativeKV]:
+    starts = zip(batch.offsets, num_settled, strict=False)
+    rows = torch.tensor([row for start, count in starts for row in range(start, start + count)])
+    return rows, [0, *itertools.accumulate(num_settled)], kv.leading(rows, num_settled)
 
 
 def slots_of(block_table: list[int], start: int, end: int, block_size: int) -> list[int]:

@@ -14,7 +14,9 @@ from lrt_core.checkpoint import expected_shapes, load_config, load_generation_co
 from lrt_core.config import ModelConfig
 from lrt_core.fused import fuse
 from lrt_core.hardware import available_memory, has_fast_bf16
+from lrt_core.kernels import is_native
 from lrt_core.model import LatentRecurrentTransformer
+from lrt_core.native_model import NativeModel, can_run
 from lrt_core.packed import pack
 from lrt_core.paged import PagedPool
 from server.engine.async_engine import AsyncEngine
@@ -70,9 +72,15 @@ def load_engine(options: LoadOptions, observer: EngineObserver | None = None) ->
     tokenizer = load_tokenizer(options.checkpoint)
     generation = load_generation_config(options.checkpoint)
     weights_id = fingerprint(model)
-    runner = _make_runner(pack(fuse(model)), resolve(options, model.config, dtype))
+    config = resolve(options, model.config, dtype)
+    runner = _make_runner(serving_model(model, config.max_model_len), config)
     engine = Engine(runner, generation.eos_token_ids, options.check_invariants, weights_id=weights_id)
     return AsyncEngine(engine, tokenizer, observer)
+
+
+def serving_model(model: LatentRecurrentTransformer, max_len: int) -> LatentRecurrentTransformer | NativeModel:
+    """The model as it is served, for sequences of up to max_len tokens: native where that exists, else fused and packed."""
+    return NativeModel(model, max_len) if can_run(model) else pack(fuse(model))
 
 
 def _check_device(device: torch.device) -> None:
@@ -81,8 +89,15 @@ def _check_device(device: torch.device) -> None:
 
 
 def _auto_dtype(options: LoadOptions) -> torch.dtype:
-    is_fast = has_fast_bf16(options.device) and not is_small(load_config(options.checkpoint), options.device)
+    is_fast = (has_fast_bf16(options.device) or _has_native(options.device)) and not is_small(
+        load_config(options.checkpoint), options.device
+    )
     return torch.bfloat16 if is_fast else torch.float32
+
+
+def _has_native(device: str) -> bool:
+    """Whether native code reads the weights: it needs half the time for half the bytes on any CPU."""
+    return torch.device(device).type == "cpu" and is_native()
 
 
 def is_small(config: ModelConfig, device: str) -> bool:
@@ -91,7 +106,7 @@ def is_small(config: ModelConfig, device: str) -> bool:
     return torch.device(device).type == "cpu" and num_parameters < SMALL_MODEL
 
 
-def _make_runner(model: LatentRecurrentTransformer, config: EngineConfig) -> ModelRunner:
+def _make_runner(model: LatentRecurrentTransformer | NativeModel, config: EngineConfig) -> ModelRunner:
     try:
         return ModelRunner(model, config)
     except RuntimeError as error:  # what torch raises when memory is short

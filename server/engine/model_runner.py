@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lrt_core.model import LatentRecurrentTransformer, Stream
+from lrt_core.config import ModelConfig
+from lrt_core.native_model import NativeModel
 from lrt_core.paged import PagedPool
 from lrt_core.refine import relative_change
 from lrt_core.sampling import SampleRow, sample, top_logprobs
@@ -27,6 +29,21 @@ from server.engine.sequence import Sequence
 
 LOGITS_CHUNK = 256
 """Rows of logits that exist at once when prompt logprobs are computed."""
+
+
+class ServingModel(Protocol):
+    """What a step needs of a model: torch's, or the native one over its own stream and cache."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    def begin(self, tokens: Tensor, positions: Tensor, memory: Tensor | None) -> Any: ...
+    def run_to_source(self, stream: Any, kv: Any) -> Tensor: ...
+    def run_from_source(self, stream: Any, latents: Tensor, kv: Any) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -44,10 +61,11 @@ class WindowResult:
 
 
 class ModelRunner:
-    """The model with its paged pool."""
+    """The model, native or torch's, with its paged pool."""
 
-    def __init__(self, model: LatentRecurrentTransformer, config: EngineConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(self, model: ServingModel, config: EngineConfig) -> None:
+        self.model: ServingModel = model
+        self.config = config
         self.pool = PagedPool(model.config, config.capacity, model.dtype, model.device)
 
     @torch.inference_mode()
@@ -55,7 +73,7 @@ class ModelRunner:
         """Copy blocks, then run one step; results stand in the order of the batch. Sequences are not changed (the engine does
         that)."""
         self._copy_blocks(copies)
-        batch = build(windows, self.pool, self.config.block_size)
+        batch = build(windows, self.pool, self.config.block_size, isinstance(self.model, NativeModel))
         recurrent = self.model.config.recurrence is not None
         memory = self.pool.load_memory(batch.memory_rows) if recurrent else None
         stream = self.model.begin(batch.tokens, batch.positions, memory)
@@ -68,7 +86,7 @@ class ModelRunner:
         return results
 
     def _finish_settled(
-        self, batch: Batch, stream: Stream, latents: Tensor, results: list[WindowResult]
+        self, batch: Batch, stream: Any, latents: Tensor, results: list[WindowResult]
     ) -> tuple[Tensor, list[int]]:
         """Run the layers above the source on the rows that settled; returns hidden states and the windows' offsets in them.
 

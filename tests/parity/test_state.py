@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrt_core import kernels
 from lrt_core.generate import read
-from lrt_core.model import LatentRecurrentTransformer, Stream
+from lrt_core.model import LatentRecurrentTransformer
+from lrt_core.native_model import NativeModel, NativeStream
+from lrt_core.paged import NativeKV
 from lrt_core.refine import relative_change
 from lrt_core.window import CHEAP, PERIOD, WASTEFUL
 from server.engine.batch import Batch, slots_of
@@ -124,8 +127,8 @@ def test_a_recurrence_that_contracts_keeps_its_window() -> None:
     assert set(widths) == {64}
 
 
-def layer_rows(model: LatentRecurrentTransformer) -> Counter[int]:
-    """Counts, from now on, the rows that go through every layer."""
+def layer_rows(model: LatentRecurrentTransformer, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """Counts, from now on, the rows that go through every layer, torch's or native."""
     rows: Counter[int] = Counter()
     for index, layer in enumerate(model.layers):
 
@@ -133,20 +136,34 @@ def layer_rows(model: LatentRecurrentTransformer) -> Counter[int]:
             rows[index] += output.shape[0]
 
         layer.register_forward_hook(count)
+    run_native = NativeModel._run
+
+    def counted(self: NativeModel, stream: NativeStream, kv: NativeKV, first: int, end: int) -> Tensor:
+        for index in range(first, end):
+            rows[index] += len(stream.tokens)
+        return run_native(self, stream, kv, first, end)
+
+    monkeypatch.setattr(NativeModel, "_run", counted)
     return rows
 
 
 def run_all_rows(
-    self: ModelRunner, batch: Batch, stream: Stream, latents: Tensor, results: list[WindowResult]
+    self: ModelRunner, batch: Batch, stream: Any, latents: Tensor, results: list[WindowResult]
 ) -> tuple[Tensor, list[int]]:
     return self.model.run_from_source(stream, latents, batch.kv), batch.offsets
 
 
-def test_layers_above_the_source_run_on_settled_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_layers_above_the_source_run_on_settled_rows_alone(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three layers with the source in the second; in all a position goes through the third once."""
+    with kernels.native(native):
+        check_layers_above_the_source(monkeypatch)
+
+
+def check_layers_above_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(tiny_config(**VARIANTS["upper-middle-source"]))
     requests = [request(random_ids(length, length), 6, logprobs=2, prompt_logprobs=1) for length in (1, 18, 45)]
-    rows = layer_rows(model)
+    rows = layer_rows(model, monkeypatch)
     done = run(make_engine(model), requests)
     num_positions = sum(len(item.prompt_ids) + 5 for item in requests)
     assert rows[0] == rows[1] == done.total("num_scheduled_tokens") > 2 * num_positions
@@ -163,8 +180,8 @@ def test_layers_above_the_source_run_on_settled_rows_alone(monkeypatch: pytest.M
             assert [entry.logprob for entry in ours] == pytest.approx([entry.logprob for entry in theirs], abs=1e-5)
 
 
-def test_without_a_last_layer_above_it_there_is_nothing_to_run_again() -> None:
+def test_without_a_last_layer_above_it_there_is_nothing_to_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
-    rows = layer_rows(model)
+    rows = layer_rows(model, monkeypatch)
     done = run(make_engine(model), [request(random_ids(30), 4)])
     assert rows[0] == rows[2] == done.total("num_scheduled_tokens")
