@@ -13,7 +13,8 @@ PERIOD = 8
 WASTEFUL = 12.0
 """Rows per settled position above which the window halves; a trained recurrence takes 4 to 10."""
 CHEAP = 8.0
-"""Rows per settled position below which it doubles, up to its maximum."""
+"""Rows per settled position below which it doubles, up to its maximum, if all its passes were as wide as it allowed: a window
+that the step's budget or the prompt's end cut short says nothing about a wider one."""
 
 
 def num_settled(changes: Sequence[float], tolerance: float) -> int:
@@ -54,6 +55,6 @@ class WindowControl:
         cost = self._rows / self._settled
         if cost > WASTEFUL:
             self.width = max(1, self.width // 2)
-        elif cost < CHEAP:
+        elif cost < CHEAP and self._rows == self._passes * self.width:
             self.width = min(self.maximum, self.width * 2)
         self._passes = self._rows = self._settled = 0

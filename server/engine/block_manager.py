@@ -28,8 +28,8 @@ class Copy(NamedTuple):
 class BlockManager:
     """Reference-counted blocks, the least-recently-used list of free ones, and the prefix cache.
 
-    Callers check `can_place` or `can_grow` before `place` or `grow`; a failed check is the scheduler's cue to wait or preempt,
-    never an error here. root: names what, besides the tokens, a block's content depends on; None switches the cache off.
+    Too few free blocks are no error: `can_place` is asked before `place`, and `grow` says whether it could; the scheduler then
+    waits or preempts. root: names what, besides the tokens, a block's content depends on; None switches the cache off.
     """
 
     def __init__(self, num_blocks: int, block_size: int, root: str | None = None) -> None:
@@ -79,27 +79,28 @@ class BlockManager:
             self._reference(block)
         sequence.block_table = list(matched)
         sequence.num_registered_blocks = len(matched)
-        self._append_missing(sequence)
+        sequence.block_table += [self._take() for _ in range(self._num_missing(sequence))]
         return len(matched) * self.block_size
 
     # Growing: room for the tokens that the next step writes.
 
-    def can_grow(self, sequence: Sequence) -> bool:
-        """Whether `grow` would find enough free blocks."""
-        return self._num_missing(sequence) + self._is_write_shared(sequence) <= len(self._free)
+    def grow(self, sequence: Sequence) -> bool:
+        """Append blocks until the table holds every known token, and make the block that is written next its own; false, with
+        nothing changed, where too few blocks are free."""
+        num_missing, is_shared = self._num_missing(sequence), self._is_write_shared(sequence)
+        if num_missing + is_shared > len(self._free):
+            return False
+        sequence.block_table += [self._take() for _ in range(num_missing)]
+        if is_shared:
+            self._part(sequence, sequence.num_computed_tokens // self.block_size)
+        return True
 
-    def grow(self, sequence: Sequence) -> None:
-        """Append blocks until the table holds every known token, and make the block that is written next its own."""
-        self._append_missing(sequence)
-        if self._is_write_shared(sequence):
-            index = sequence.num_computed_tokens // self.block_size
-            shared, own = sequence.block_table[index], self._take()
-            self.copies.append(Copy(shared, own))
-            sequence.block_table[index] = own
-            self._release(shared)
-
-    def _append_missing(self, sequence: Sequence) -> None:
-        sequence.block_table += [self._take() for _ in range(self._num_missing(sequence))]
+    def _part(self, sequence: Sequence, index: int) -> None:
+        """Give the sequence a copy of its block `index` and leave the shared one to the others."""
+        shared, own = sequence.block_table[index], self._take()
+        self.copies.append(Copy(shared, own))
+        sequence.block_table[index] = own
+        self._release(shared)
 
     def _num_missing(self, sequence: Sequence) -> int:
         return max(0, -(-sequence.num_tokens // self.block_size) - len(sequence.block_table))
@@ -172,7 +173,8 @@ class BlockManager:
         return sequence.block_hashes[index]
 
     def check_invariants(self, sequences: Iterable[Sequence]) -> None:
-        """Assert that reference counts, free list, hashes and the block tables of all sequences tell the same story."""
+        """Assert that reference counts, free list, hashes and the block tables of all sequences tell the same story, and that
+        every slot of a settled position belongs to sequences with the same tokens up to there."""
         tables = list(sequences)
         counts = Counter(block for sequence in tables for block in sequence.block_table)
         for block in range(self.num_blocks):
@@ -180,19 +182,35 @@ class BlockManager:
             assert (block in self._free) == (counts[block] == 0), f"block {block} is both free and in use, or neither"
             key = self._hashes[block]
             assert key is None or self._cached.get(key) == block, f"block {block} has a hash that leads elsewhere"
+        assert len(self._free) + len(counts) == self.num_blocks, "a block is lost"
         assert all(self._hashes[block] == key for key, block in self._cached.items()), (
             "the cache names a block of other content"
         )
         for sequence in tables:
             self._check_sequence(sequence)
+        self._check_sharing([sequence for sequence in tables if any(counts[block] > 1 for block in sequence.block_table)])
 
     def _check_sequence(self, sequence: Sequence) -> None:
-        num_slots = len(sequence.block_table) * self.block_size
-        assert sequence.num_computed_tokens <= sequence.num_touched_tokens <= max(num_slots, 0), "latents without a slot"
+        num_slots, num_full = len(sequence.block_table) * self.block_size, sequence.num_computed_tokens // self.block_size
+        assert sequence.num_computed_tokens <= sequence.num_touched_tokens <= num_slots, "latents without a slot"
         assert sequence.num_computed_tokens <= sequence.num_tokens, "more settled than known"
+        assert sequence.num_registered_blocks <= num_full, "more blocks named than are settled"
         assert len(set(sequence.block_table)) == len(sequence.block_table), "a block twice in one table"
-        for index in range(sequence.num_computed_tokens // self.block_size + 1, len(sequence.block_table)):
-            assert self.ref_counts[sequence.block_table[index]] == 1, "a block still to be written is shared"
-        for index in range(sequence.num_registered_blocks):
-            key = self._hashes[sequence.block_table[index]]
+        for index, block in enumerate(sequence.block_table):
+            key = self._hashes[block]
+            assert index <= num_full or self.ref_counts[block] == 1, "a block still to be written is shared"
+            assert key is None or index < num_full, "a block still to be written has a name"
             assert key is None or key == self._hash(sequence, index), "a block is registered under other content"
+
+    def _check_sharing(self, sequences: list[Sequence]) -> None:
+        """Who shares a block has it at the same place behind the same tokens: its keys, values and latents depend on them all."""
+        settled: dict[int, tuple[int, bytes, list[int]]] = {}
+        for sequence in sequences:
+            for index, block in enumerate(sequence.block_table[: -(-sequence.num_computed_tokens // self.block_size)]):
+                start = index * self.block_size
+                tokens = sequence.token_ids[start : min(start + self.block_size, sequence.num_computed_tokens)]
+                before = self._hash(sequence, index - 1) if index else (sequence.request.cache_salt or "").encode()
+                known = settled.setdefault(block, (index, before, tokens))
+                num_common = min(len(tokens), len(known[2]))
+                assert known[:2] == (index, before), "a block is shared behind different tokens"
+                assert known[2][:num_common] == tokens[:num_common], "a block is shared for different tokens"

@@ -41,8 +41,8 @@ class StepOutput:
 class Engine:
     """Scheduler, blocks and model in one place.
 
-    eos_ids end a sequence unless it ignores them. With check_invariants every step ends with a check that reference counts,
-    free list and block tables agree (a failed one is a bug: AssertionError).
+    eos_ids end a sequence unless it ignores them. With check_invariants every step ends with a check that queues, reference
+    counts, free list, hashes and block tables agree (a failed one is a bug: AssertionError).
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Engine:
         )
         self.fill_gauges(output.stats)
         if self.check_invariants:
-            self.blocks.check_invariants([*self.scheduler.running, *self.scheduler.waiting])
+            self.scheduler.check_invariants()
         return output
 
     def fill_gauges(self, stats: StepStats) -> None:

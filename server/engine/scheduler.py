@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
@@ -17,8 +18,7 @@ from server.engine.request import FinishReason
 from server.engine.sequence import Sequence, Status
 
 
-@dataclass(frozen=True)
-class ScheduledWindow:
+class ScheduledWindow(NamedTuple):
     """`num_tokens` positions of a sequence from its first unsettled one (`start`) on."""
 
     sequence: Sequence
@@ -65,9 +65,9 @@ class Scheduler:
         insort(self.waiting, sequence, key=_rank)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Let `child`, which has the parent's settled tokens and one of its own, run beside it; without a place it waits and
-        later starts from what is cached."""
-        if len(self.running) >= self.config.max_num_seqs:
+        """Let `child`, which has the parent's settled tokens and one of its own, run beside it; without a place, or where one
+        of better rank waits for it, it waits too and later starts from what is cached."""
+        if len(self.running) >= self.config.max_num_seqs or (self.waiting and self.waiting[0].rank < child.rank):
             self.add(child)
             return
         self.blocks.fork(parent, child)
@@ -88,9 +88,13 @@ class Scheduler:
     def schedule(self) -> list[ScheduledWindow]:
         """The next step's windows; makes room by preemption where it must."""
         self._make_room()
-        decoding = [sequence for sequence in self.running if sequence.num_uncomputed_tokens == 1]
-        reading = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
-        windows = [ScheduledWindow(sequence, sequence.num_computed_tokens, 1) for sequence in decoding]
+        windows: list[ScheduledWindow] = []
+        reading = []
+        for sequence in self.running:
+            if sequence.num_uncomputed_tokens == 1:
+                windows.append(ScheduledWindow(sequence, sequence.num_computed_tokens, 1))
+            else:
+                reading.append(sequence)
         budget = self.config.max_num_batched_tokens - len(windows)
         for sequence in reading:
             budget -= self._schedule_window(sequence, budget, windows)
@@ -103,13 +107,11 @@ class Scheduler:
         position = 0
         while position < len(self.running):
             sequence = self.running[position]
-            while not self.blocks.can_grow(sequence):
+            while not self.blocks.grow(sequence):
                 victim = self.running[-1]
                 self._preempt(victim)
                 if victim is sequence:
                     break
-            else:
-                self.blocks.grow(sequence)
             position += 1
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -159,6 +161,22 @@ class Scheduler:
     def _run(self, sequence: Sequence) -> None:
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_rank)
+
+    def check_invariants(self) -> None:
+        """Assert, between two steps, that queues, statuses and blocks agree. A failure is a bug: AssertionError."""
+        for queue, status in ((self.running, Status.RUNNING), (self.waiting, Status.WAITING)):
+            assert all(sequence.status is status for sequence in queue), "a sequence stands in the wrong queue"
+            ranks = [sequence.rank for sequence in queue]
+            assert ranks == sorted(ranks), "a queue is out of order"
+        everyone = [*self.running, *self.waiting]
+        assert len(set(everyone)) == len(everyone), "a sequence is queued twice"
+        assert len(self.running) <= self.config.max_num_seqs, "more run than may"
+        for sequence in self.waiting:
+            assert not sequence.block_table and not sequence.num_touched_tokens, "a waiting sequence holds blocks"
+        for sequence in everyone:
+            assert sequence.num_uncomputed_tokens > 0, "a sequence has nothing left to compute"
+            assert all(sibling.status in (Status.HELD, Status.FINISHED) for sibling in sequence.siblings), "a held sample runs"
+        self.blocks.check_invariants(everyone)
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:

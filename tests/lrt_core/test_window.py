@@ -93,3 +93,39 @@ def test_any_history_keeps_it_within_bounds(maximum: int, passes: list[tuple[int
         control.observe(min(settled, rows), rows)
         assert 1 <= control.width <= maximum
         assert control.width in (before, before // 2, min(maximum, 2 * before))
+
+
+def test_passes_that_were_cut_short_are_no_reason_to_widen() -> None:
+    control = WindowControl(64)
+    widths_over(control, 2 * PERIOD, 1)
+    assert control.width == 16
+    for _ in range(3 * PERIOD):
+        control.observe(2, 2)
+    assert control.width == 16, "of wider windows nothing was seen"
+    widths_over(control, PERIOD, 16)
+    assert control.width == 32
+
+
+@given(st.integers(1, 128), st.lists(st.tuples(st.integers(1, 128), st.integers(1, 128)), max_size=400), st.booleans())
+def test_whatever_settles_the_rows_are_bounded(maximum: int, passes: list[tuple[int, int]], is_full: bool) -> None:
+    """Reading a token at a time takes a row each. A period that halves the width pays for itself with the width it gives up;
+    one that doubles it may be followed by one twice as wide that settles nothing: at most 3 CHEAP rows a token in the long
+    run, and 2 PERIOD maximal windows to begin with."""
+    control, total_rows, total_settled = WindowControl(maximum), 0, 0
+    for settled, cut in passes:
+        rows = control.width if is_full else min(cut, control.width)
+        settled = min(settled, rows)
+        control.observe(settled, rows)
+        total_rows, total_settled = total_rows + rows, total_settled + settled
+        assert total_rows <= 3 * CHEAP * total_settled + 2 * PERIOD * maximum
+
+
+def test_the_worst_of_all_orders_stays_below_the_bound() -> None:
+    """Settle all in narrow windows and one row in wide ones, so that the width swings and every wide period is in vain."""
+    control, rows, settled = WindowControl(64), 0, 0
+    for _ in range(1000):
+        width = control.width
+        count = width if width <= 16 else 1
+        control.observe(count, width)
+        rows, settled = rows + width, settled + count
+    assert 2 * CHEAP * settled > rows > settled

@@ -24,8 +24,7 @@ def resized(sequence: Sequence, num_tokens: int) -> Sequence:
 def test_growing_takes_just_enough() -> None:
     blocks, sequence = BlockManager(5, block_size=4), new_sequence()
     for num_tokens, expected in ((1, 1), (4, 1), (5, 2), (5, 2), (3, 2), (17, 5)):
-        assert blocks.can_grow(resized(sequence, num_tokens))
-        blocks.grow(sequence)
+        assert blocks.grow(resized(sequence, num_tokens))
         assert len(sequence.block_table) == expected
     assert sorted(sequence.block_table) == [0, 1, 2, 3, 4]
     assert blocks.num_free_blocks == 0
@@ -35,11 +34,15 @@ def test_growing_takes_just_enough() -> None:
 def test_a_full_pool_says_so_before() -> None:
     blocks, first, second = BlockManager(3, block_size=4), new_sequence(8), new_sequence()
     blocks.grow(first)
-    for num_tokens, fits in ((4, True), (5, False)):
-        resized(second, num_tokens)
-        assert blocks.can_grow(second) is blocks.can_place(second, [], reserve=0) is fits
-    assert not blocks.can_place(resized(second, 4), [], reserve=1)
-    assert blocks.can_grow(resized(first, 12))
+    assert not blocks.grow(resized(second, 5))
+    assert not blocks.can_place(second, [], reserve=0)
+    assert (second.block_table, blocks.num_free_blocks) == ([], 1), "a failed attempt changes nothing"
+    assert blocks.can_place(resized(second, 4), [], reserve=0)
+    assert not blocks.can_place(second, [], reserve=1)
+    assert blocks.grow(second)
+    assert not blocks.grow(resized(first, 12))
+    blocks.free(second)
+    assert blocks.grow(first)
 
 
 def test_freeing_returns_all() -> None:
@@ -81,8 +84,7 @@ def test_any_order_keeps_the_books(num_blocks: int, block_size: int, operations:
         sequence = sequences[index]
         if frees:
             blocks.free(sequence)
-        elif blocks.can_grow(resized(sequence, num_tokens)):
-            blocks.grow(sequence)
+        elif blocks.grow(resized(sequence, num_tokens)):
             assert len(sequence.block_table) * block_size >= num_tokens
         blocks.check_invariants(sequences)
         assert blocks.num_free_blocks == num_blocks - sum(len(s.block_table) for s in sequences)
