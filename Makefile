@@ -32,7 +32,7 @@ help: ## list the targets and variables
 
 # Only what serving needs, so that a newcomer does not wait for the development tools. Torch goes first and alone: its build
 # (CPU or CUDA, by TORCH_INDEX or pip's own configuration) must be settled before another package asks for it.
-$(RUNTIME): pyproject.toml constraints.txt lrt_core/kernels/native.cpp
+$(RUNTIME): pyproject.toml constraints.txt lrt_core/kernels/native.cpp lrt_core/kernels/sampling.cpp
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "error: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
