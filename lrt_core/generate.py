@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lrt_core.kv import DenseKV
 from lrt_core.model import LatentRecurrentTransformer
-from lrt_core.sampling import SampleRow, sample
+from lrt_core.sampling import SampleRow, sample_twin
 from lrt_core.sampling_params import SamplingParams
 
 
@@ -73,7 +73,7 @@ def generate(
         logits, _ = stepper.step(token)
     while len(output) < max_tokens:
         row = SampleRow(params, params.seed or 0, len(output), prompt_ids, tuple(output))
-        output.append(int(sample(logits.unsqueeze(0), [row])))
+        output.append(int(sample_twin(logits.unsqueeze(0), [row])))
         yield output[-1]
         if output[-1] in eos_ids:
             return

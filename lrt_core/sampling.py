@@ -17,7 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrt_core.kernels.sampling import Draws, draw, draw_twin, top_logprobs
 from lrt_core.sampling_params import SamplingParams
+
+__all__ = ["SampleRow", "sample", "sample_twin", "top_logprobs", "uniform"]
 
 _MASK = (1 << 64) - 1
 
@@ -52,30 +55,23 @@ def uniform(seed: int, step: int) -> float:
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Draw one token id per row: float32 logits [R, V] (not modified) -> int64 [R]."""
-    assert logits.shape[0] == len(rows)
-    logits = _adjust(logits, rows)
-    ids = logits.argmax(dim=-1)
-    for filtered in (False, True):
-        chosen = [i for i, row in enumerate(rows) if not row.params.greedy and _is_filtered(row.params) == filtered]
-        if chosen:
-            index = torch.tensor(chosen, device=logits.device)
-            ids[index] = _draw(logits[index], [rows[i] for i in chosen], filtered)
-    return ids
+    return draw(_adjust(logits, rows), _draws(rows))
 
 
-def top_logprobs(logits: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of the unmodified distribution (float32 logits [R, V], natural log).
-
-    Returns those of `ids` [R], the k largest [R, k] and their ids [R, k].
-    """
-    logprobs = torch.log_softmax(logits, dim=-1)
-    own = logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    values, top_ids = logprobs.topk(k, dim=-1)
-    return own, values, top_ids
+def sample_twin(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """`sample` by torch alone."""
+    return draw_twin(_adjust(logits, rows), _draws(rows))
 
 
-def _is_filtered(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+def _draws(rows: Sequence[SampleRow]) -> Draws:
+    params = [row.params for row in rows]
+    return Draws(
+        [param.temperature for param in params],
+        [param.top_k for param in params],
+        [param.top_p for param in params],
+        [param.min_p for param in params],
+        [0.0 if row.params.greedy else uniform(row.seed, row.step) for row in rows],
+    )
 
 
 def _adjust(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
@@ -111,36 +107,3 @@ def _penalise(logits: Tensor, row: SampleRow) -> None:
         seen = torch.tensor(list(counts), device=logits.device)
         occurrences = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
         logits[seen] -= params.frequency_penalty * occurrences + params.presence_penalty
-
-
-def _draw(logits: Tensor, rows: Sequence[SampleRow], filtered: bool) -> Tensor:
-    """Invert each row's cumulative distribution at its uniform number; [R, V] -> [R]."""
-    temperature = _column([row.params.temperature for row in rows], logits)
-    # Subtracting the maximum first keeps a tiny temperature from overflowing.
-    scaled = (logits.double() - logits.amax(-1, keepdim=True)) / temperature
-    order: Tensor | None = None
-    if filtered:
-        scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
-        scaled = _filter_sorted(scaled, rows)
-    cumulative = torch.softmax(scaled, dim=-1).cumsum(-1)
-    target = _column([uniform(row.seed, row.step) for row in rows], logits) * cumulative[:, -1:]
-    picked = torch.searchsorted(cumulative, target, right=True)
-    return (picked if order is None else order.gather(-1, picked)).squeeze(-1)
-
-
-def _filter_sorted(scaled: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Drop what top_k, then top_p, then min_p exclude from falling logits [R, V]."""
-    vocab_size = scaled.shape[-1]
-    top_k = _column([row.params.top_k if row.params.top_k > 0 else vocab_size for row in rows], scaled)
-    scaled = scaled.masked_fill(torch.arange(vocab_size, device=scaled.device) >= top_k, -torch.inf)
-    probs = torch.softmax(scaled, dim=-1)
-    # A token stays while the mass before it is below top_p, so the likeliest always does.
-    top_p = _column([row.params.top_p if row.params.top_p < 1 else torch.inf for row in rows], scaled)
-    scaled = scaled.masked_fill(probs.cumsum(-1) - probs >= top_p, -torch.inf)
-    # min_p is relative to the likeliest, so what top_p dropped changes nothing in it.
-    min_p = _column([row.params.min_p for row in rows], scaled)
-    return scaled.masked_fill(probs < min_p * probs[:, :1], -torch.inf)
-
-
-def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device).unsqueeze(-1)

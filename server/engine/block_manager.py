@@ -203,7 +203,7 @@ class BlockManager:
             assert key is None or key == self._hash(sequence, index), "a block is registered under other content"
 
     def _check_sharing(self, sequences: list[Sequence]) -> None:
-        """Who shares a block has it at the same place behind the same tokens: its keys, values and latents depend on them all."""
+        """Who shares a block has it at the same place behind the same tokens: keys, values and latents depend on them all."""
         settled: dict[int, tuple[int, bytes, list[int]]] = {}
         for sequence in sequences:
             for index, block in enumerate(sequence.block_table[: -(-sequence.num_computed_tokens // self.block_size)]):

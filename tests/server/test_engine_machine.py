@@ -1,8 +1,8 @@
 """The engine under random load with a runner of tokens instead of tensors: what every slot must hold is known exactly.
 
 Arrivals with common beginnings, several samples, priorities and salts; passes that settle what they like; aborts anywhere;
-pools so small that sequences are preempted and cached blocks forgotten. The runner keeps, for every slot of the pool, which
-tokens shaped it, and fails when a sequence is about to read a slot that holds anything else.
+pools so small that sequences are preempted and cached blocks forgotten. `ledger.py` knows what every slot must hold;
+`test_scheduler_machine.py` has the rules of rank.
 """
 
 from __future__ import annotations
@@ -25,14 +25,9 @@ from server.engine.request import TokenLogprob
 from server.engine.scheduler import ScheduledWindow
 from server.engine.sequence import Sequence, Status
 from tests.engines import engine_config, request
+from tests.server.ledger import EOS, STEMS, VOCAB_SIZE, Ledger
 
-VOCAB_SIZE, EOS = 5, 4
-STEMS = [[0, 1, 2, 3] * 4, [0, 1, 2, 3, 3, 3] * 3, [2] * 15]
-"""Common beginnings; the first two part after four tokens."""
 MAX_STEPS = 3000
-
-Content = tuple[str | None, tuple[int, ...]]
-"""What shaped a slot: the request's salt and all tokens up to the slot's own."""
 
 
 class TokenRunner:
@@ -41,51 +36,22 @@ class TokenRunner:
     def __init__(self, config: EngineConfig, latents_are_hidden: bool) -> None:
         model_config = SimpleNamespace(latents_are_hidden=latents_are_hidden, vocab_size=VOCAB_SIZE)
         self.config, self.model = config, SimpleNamespace(dtype=torch.float32, config=model_config)
-        self.slots: list[Content | None] = [None] * config.capacity
+        self.ledger = Ledger(config.num_blocks, config.block_size)
         self.random = random.Random(0)
 
     def execute(self, windows: SequenceABC[ScheduledWindow], copies: SequenceABC[Copy] = ()) -> list[WindowResult]:
         size = self.config.block_size
         tables = [(window.sequence.block_table, window.start // size) for window in windows]
-        for source, target in copies:
+        for _, target in copies:
             assert all(table.index(target) == index for table, index in tables if target in table), "copied without need"
-            self.slots[target * size : (target + 1) * size] = self.slots[source * size : (source + 1) * size]
-        written = [slot for window in windows for slot in self.write(window)]
-        assert len(set(written)) == len(written), "two sequences write one slot"
-        for window in windows:
-            self.check_context(window)
+        self.ledger.copy(copies)
+        self.ledger.begin(windows)
         return [self.settle(window) for window in windows]
-
-    def slot(self, sequence: Sequence, position: int) -> int:
-        return (
-            sequence.block_table[position // self.config.block_size] * self.config.block_size
-            + position % self.config.block_size
-        )
-
-    def content(self, sequence: Sequence, position: int) -> Content:
-        return sequence.request.cache_salt, tuple(sequence.token_ids[: position + 1])
-
-    def write(self, window: ScheduledWindow) -> list[int]:
-        """The window's slots, whose content is unfinished until they settle."""
-        slots = [self.slot(window.sequence, window.start + row) for row in range(window.num_tokens)]
-        for slot in slots:
-            self.slots[slot] = None
-        return slots
-
-    def check_context(self, window: ScheduledWindow) -> None:
-        sequence = window.sequence
-        assert window.start == sequence.num_computed_tokens
-        for position in range(window.start):
-            held = self.slots[self.slot(sequence, position)]
-            expected = self.content(sequence, position)
-            assert held is not None, f"position {position} reads what never settled"
-            assert held[1] == expected[1], f"position {position} reads other tokens"
 
     def settle(self, window: ScheduledWindow) -> WindowResult:
         """Settle as many rows as chance has it."""
         sequence, num_settled = window.sequence, self.random.randint(1, window.num_tokens)
-        for position in range(window.start, window.start + num_settled):
-            self.slots[self.slot(sequence, position)] = self.content(sequence, position)
+        self.ledger.settle(sequence, window.start, num_settled)
         result = WindowResult(window, num_settled, None)
         end = window.start + num_settled
         if sequence.request.prompt_logprobs is not None:
@@ -206,11 +172,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def books_agree(self) -> None:
-        running, waiting = self.scheduler.running, self.scheduler.waiting
-        self.blocks.check_invariants([*running, *waiting])
-        assert len(running) <= self.engine.config.max_num_seqs
-        for queue in (running, waiting):
-            assert [sequence.rank for sequence in queue] == sorted(sequence.rank for sequence in queue)
+        running = self.scheduler.running
+        self.scheduler.check_invariants()
         used = {block for sequence in running for block in sequence.block_table}
         assert self.blocks.num_free_blocks == self.blocks.num_blocks - len(used), "a block leaked"
         assert not self.blocks.copies or running
