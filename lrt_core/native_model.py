@@ -29,6 +29,7 @@ from lrt_core.kernels.plan import (
     padded,
     pointer,
 )
+from lrt_core.kernels.products import apply
 from lrt_core.memory import MemoryProjection
 from lrt_core.model import InputProjections, LatentRecurrentTransformer, Layer, make_rope
 from lrt_core.paged import NativeKV
@@ -77,7 +78,8 @@ class NativeModel:
         self._layers = (LayerStruct * self.config.num_layers)(*self._pack_layers(model))
         rope = make_rope(self.config, torch.arange(max_len))
         cos, sin = (self._keep(part.reshape(max_len, -1)) for part in rope)
-        self._head = self._pack(model.head.weight[: self.config.vocab_size])
+        self._head = PackedMatrix(model.head.weight.detach()[: self.config.vocab_size], quantize)
+        self._matrices.append(self._head)
         self._struct = ModelStruct(
             num_layers=self.config.num_layers,
             hidden_size=self.config.hidden_size,
@@ -90,7 +92,7 @@ class NativeModel:
             embedding_kind=KINDS[self.dtype],
             shares_memory=int(self._shares_memory(model)),
             memory=self._pack_memory(model, 0) if self._shares_memory(model) else MatrixStruct(),
-            head=self._head,
+            head=self._head.struct,
             layers=self._layers,
             cos=pointer(cos),
             sin=pointer(sin),
@@ -126,12 +128,7 @@ class NativeModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, D] -> float32 logits [R, V]."""
-        hidden = hidden.contiguous()
-        out = torch.empty(len(hidden), self.config.vocab_size)
-        workspace = torch.zeros(6 * len(hidden) * padded(self.config.hidden_size), dtype=torch.uint8)
-        pointers = hidden.data_ptr(), len(hidden), self.config.logit_softcap, workspace.data_ptr(), out.data_ptr()
-        self._library.lrt_apply(self._head, *pointers, torch.get_num_threads())
-        return out
+        return apply(self._head, hidden, self.config.logit_softcap)
 
     def _run(self, stream: NativeStream, kv: NativeKV, first: int, end: int) -> Tensor:
         step, num_threads = self._step(stream), torch.get_num_threads()

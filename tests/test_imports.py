@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("lrt_core", "training", "server")
 WEB = ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client")
 TORCH_FREE = ("server.engine.sequence", "server.engine.block_manager", "server.engine.scheduler")
+LEAN = ("server.bench.load", "server.bench.api_probe", "server.bench.processes", "server.bench.report")
+"""Parts of the bench that run beside a server under test, and must not take its memory or its cores."""
 
 Graph = Mapping[str, frozenset[str]]
 """Module name -> names of the modules that it imports."""
@@ -126,8 +128,8 @@ def test_no_import_cycles() -> None:
     assert cycles(source_graph()) == []
 
 
-@pytest.mark.parametrize("module", TORCH_FREE)
-def test_scheduling_needs_no_torch(module: str) -> None:
+@pytest.mark.parametrize("module", [*TORCH_FREE, *LEAN])
+def test_scheduling_and_load_need_no_torch(module: str) -> None:
     graph = source_graph()
     assert module in graph
     assert "torch" not in {name.split(".")[0] for name in reachable(graph, module, with_packages=True)}
@@ -140,7 +142,7 @@ def test_scheduling_needs_no_torch(module: str) -> None:
         ("lrt_core.model", "def f():\n    from training import config", "lrt_core.model -> training"),
         ("lrt_core.files", "import pydantic", "lrt_core.files -> pydantic"),
         ("training.trainer", "from server.engine.batch import build", "training.trainer -> server.engine.batch"),
-        ("server.bench", "import training.config as c", "server.bench -> training.config"),
+        ("server.bench.work", "import training.config as c", "server.bench.work -> training.config"),
         ("server.engine.batch", "from .engine import Engine", "server.engine.batch -> server.engine.engine"),
         ("server.engine.batch", "from ..api import app", "server.engine.batch -> server.api"),
         (

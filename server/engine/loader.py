@@ -89,15 +89,13 @@ def _check_device(device: torch.device) -> None:
 
 
 def _auto_dtype(options: LoadOptions) -> torch.dtype:
-    is_fast = (has_fast_bf16(options.device) or _has_native(options.device)) and not is_small(
-        load_config(options.checkpoint), options.device
-    )
+    is_fast = is_bf16_fast(options.device) and not is_small(load_config(options.checkpoint), options.device)
     return torch.bfloat16 if is_fast else torch.float32
 
 
-def _has_native(device: str) -> bool:
-    """Whether native code reads the weights: it needs half the time for half the bytes on any CPU."""
-    return torch.device(device).type == "cpu" and is_native()
+def is_bf16_fast(device: str) -> bool:
+    """Whether bfloat16 pays: in hardware, or by native code, which any CPU feeds with half the bytes in less time."""
+    return has_fast_bf16(device) or (torch.device(device).type == "cpu" and is_native())
 
 
 def is_small(config: ModelConfig, device: str) -> bool:

@@ -9,6 +9,8 @@ import torch
 
 from lrt_core import kernels
 from lrt_core.generate import read
+from lrt_core.kernels.plan import PackedMatrix, quantize_rows
+from lrt_core.kernels.products import apply, apply_twin
 from lrt_core.native_model import NativeModel
 from lrt_core.paged import NativeKV, PagedPool
 from tests.helpers import VARIANTS, random_ids, tiny_config, tiny_model
@@ -38,3 +40,28 @@ def test_decoding_is_the_oracles(variant: str) -> None:
         rows.append(native.logits(native.run_from_source(stream, latents, kv))[0])
         memory = latents if memory is not None else None
     assert (torch.stack(rows) - read(model, ids).logits).abs().max() < 1e-4
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 16), (40, 33), (130, 96), (272, 768)])
+@torch.no_grad()
+def test_products_and_rows_that_do_not_see_each_other(kind: str, n: int, k: int) -> None:
+    """Against torch; and every row bit-equal alone and in batches of all sizes."""
+    generator = torch.Generator().manual_seed(n)
+    weight = torch.randn(n, k, generator=generator).to(getattr(torch, kind) if kind != "int8" else torch.float32)
+    matrix = PackedMatrix(weight, quantize=kind == "int8")
+    if kind == "int8":
+        numbers, scales = quantize_rows(weight)
+        assert float(((numbers * scales.unsqueeze(1)) - weight).abs().max() / weight.abs().max()) < 1 / 127
+        weight = numbers * scales.unsqueeze(1)
+    x = torch.randn(29, k, generator=generator)
+    if "bf16" in kernels.instruction_set() and kind == "bfloat16":
+        x = x.bfloat16().float()
+    for softcap in (0.0, 15.0):
+        whole = apply(matrix, x, softcap)
+        assert (whole - apply_twin(weight.float(), x, softcap)).abs().max() < 1e-5 * k**0.5 + 1e-5
+        alone = torch.cat([apply(matrix, row.unsqueeze(0), softcap) for row in x])
+        assert torch.equal(whole, alone)
+        for size in range(2, 20):
+            assert torch.equal(whole[:size], apply(matrix, x[:size], softcap)), size

@@ -55,7 +55,7 @@ def test_the_type_follows_machine_and_size(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, small: bool, native: bool
 ) -> None:
     monkeypatch.setattr(loader, "has_fast_bf16", lambda device: fast and not native)
-    monkeypatch.setattr(loader, "_has_native", lambda device: fast and native)
+    monkeypatch.setattr(loader, "is_native", lambda: fast and native)
     monkeypatch.setattr(loader, "SMALL_MODEL", 10**9 if small else 1)
     assert is_small(CONFIG, "cpu") == small and not is_small(CONFIG, "cuda")
     runner = load_engine(LoadOptions(checkpoint)).engine.runner

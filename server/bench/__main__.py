@@ -1,0 +1,71 @@
+"""`lrt-bench`: runs a mode, prints its table, writes its JSON, also when it is cut short.
+
+Status 0 when done, 1 for what cannot be measured, 2 for wrong flags, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from server.bench.arguments import parse
+from server.bench.errors import BenchError
+from server.bench.report import Report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the process's status."""
+    args = parse(argv)
+    report = Report({"mode": args.mode, "arguments": _plain(args)})
+    status = _run(args, report)
+    try:
+        if getattr(args, "json", None) is not None:
+            report.write(args.json, interrupted=status == 130)
+    except BenchError as error:
+        print(f"lrt-bench: error: {error}", file=sys.stderr)
+        return status or 1
+    return status
+
+
+def _run(args: argparse.Namespace, report: Report) -> int:
+    try:
+        _measure(args, report)
+    except KeyboardInterrupt:
+        print("lrt-bench: interrupted", file=sys.stderr)
+        return 130
+    except BenchError as error:
+        print(f"lrt-bench: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _measure(args: argparse.Namespace, report: Report) -> None:
+    """Raises BenchError for everything that its user can do something about."""
+    # Imported here, after the flags are known to be right: they bring torch, which takes seconds.
+    from lrt_core.checkpoint import BUNDLED, CheckpointError, load_config
+    from server.bench import checkpoint, growth, kernels, offline, prefill, serve, shapes
+    from server.bench.limits import measure_limits
+    from server.bench.model import set_threads
+
+    try:
+        if args.mode == "checkpoint":
+            return checkpoint.run(args, report)
+        limits = measure_limits()
+        report.head["limits"] = limits.to_dict()
+        print(limits.row(), flush=True)
+        if args.mode in ("offline", "prefill", "growth"):
+            set_threads(args, shapes.D12 if args.model == shapes.D12_NAME else load_config(args.model or BUNDLED))
+        modes = {"offline": offline, "prefill": prefill, "serve": serve, "kernels": kernels, "growth": growth}
+        modes[args.mode].run(args, report, limits)
+    except CheckpointError as error:
+        raise BenchError(str(error)) from None
+
+
+def _plain(args: argparse.Namespace) -> dict[str, object]:
+    """The arguments as JSON can say them."""
+    return {name: value if isinstance(value, int | float | list | None) else str(value) for name, value in vars(args).items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

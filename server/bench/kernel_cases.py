@@ -1,0 +1,120 @@
+"""The native kernels that `lrt-bench kernels` measures, on the bench model's shapes: a case of each is a few lines here.
+
+A case makes its operands anew for every copy, so that the timing (`kernels.py`) can walk through more memory than caches hold
+where a model would, too.
+
+Shapes: T tokens, S sequences, C context, N heads, H head size, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lrt_core import kernels
+from lrt_core.kernels.plan import PackedMatrix
+from lrt_core.kernels.products import apply, apply_twin
+from server.bench.shapes import D12
+
+WIDTHS = (1, 4, 16, 128)
+"""Rows of a step: one client, some, many, a window of a prompt."""
+CONTEXTS = ((1, 512), (16, 160), (16, 2048))
+"""Sequences and context of attention in decoding."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A kernel and its twin on the same operands; bytes that a run must read, operations that it must compute."""
+
+    native: Callable[[], object]
+    twin: Callable[[], object]
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table. make: fresh operands each time it is called. is_cold: operands come from memory, as weights and
+    cached keys do; else they lie in the cache, as the rows of a step do, and memory is no limit to them."""
+
+    kernel: str
+    shape: str
+    dtype: torch.dtype
+    make: Callable[[], Operation]
+    is_cold: bool
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        return f"{self.kernel} {self.shape} {self.dtype}".replace("torch.", "")
+
+
+def cases(dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
+    """All cases in order of the table."""
+    for dtype in dtypes:
+        yield from (_norm(width, dtype) for width in WIDTHS)
+        yield from (_rope_norm(width, dtype) for width in WIDTHS)
+        yield from (_product(width, dtype) for width in WIDTHS)
+        yield from (_decode_attention(*context, dtype) for context in CONTEXTS)
+
+
+def _product(num_rows: int, dtype: torch.dtype) -> Case:
+    """The MLP's first product, [T, D] times [4D, D]."""
+
+    def make() -> Operation:
+        weight = (torch.randn(D12.intermediate_size, D12.hidden_size) * D12.hidden_size**-0.5).to(dtype)
+        x, matrix = torch.randn(num_rows, D12.hidden_size), PackedMatrix(weight)
+        flops = 2 * num_rows * weight.numel()
+        return Operation(lambda: apply(matrix, x), lambda: apply_twin(weight, x), matrix.nbytes, flops)
+
+    return Case("product", f"[{num_rows}, {D12.hidden_size}] x {D12.intermediate_size}", dtype, make, is_cold=True)
+
+
+def _norm(num_tokens: int, dtype: torch.dtype) -> Case:
+    """The residual stream, float32 [T, D], to the type of the products."""
+
+    def make() -> Operation:
+        x = torch.randn(num_tokens, D12.hidden_size)
+        num_bytes = x.numel() * (x.element_size() + dtype.itemsize)
+        return Operation(lambda: kernels.norm(x, dtype), lambda: kernels.norm_twin(x).to(dtype), num_bytes, 4 * x.numel())
+
+    return Case("norm", f"[{num_tokens}, {D12.hidden_size}]", dtype, make, is_cold=False)
+
+
+def _rope_norm(num_tokens: int, dtype: torch.dtype) -> Case:
+    """Queries [T, N, H]."""
+    num_heads, head_dim = D12.num_heads, D12.head_dim
+
+    def make() -> Operation:
+        x = torch.randn(num_tokens, num_heads, head_dim).to(dtype)
+        angles = torch.rand(num_tokens, 1, head_dim // 2)
+        operands = (x, angles.cos(), angles.sin())
+        num_bytes = 2 * x.nbytes + 2 * angles.nbytes
+        return Operation(
+            lambda: kernels.rope_norm(*operands), lambda: kernels.rope_norm_twin(*operands), num_bytes, 7 * x.numel()
+        )
+
+    return Case("rope_norm", f"[{num_tokens}, {num_heads}, {head_dim}]", dtype, make, is_cold=False)
+
+
+def _decode_attention(num_sequences: int, context: int, dtype: torch.dtype) -> Case:
+    """One query row [S, N, H] each over C slots that lie anywhere in a pool, in blocks of 16."""
+    num_heads, num_kv_heads, head_dim = D12.num_heads, D12.num_kv_heads, D12.head_dim
+
+    def make() -> Operation:
+        num_slots = num_sequences * context
+        keys, values = (torch.randn(num_slots, num_kv_heads, head_dim).to(dtype) for _ in range(2))
+        query = torch.randn(num_sequences, num_heads, head_dim).to(dtype)
+        blocks = torch.randperm(num_slots // 16)
+        slots = (blocks.unsqueeze(-1) * 16 + torch.arange(16)).reshape(num_sequences, context)
+        lengths, mask = torch.full((num_sequences,), context), torch.ones(num_sequences, 1, 1, context, dtype=torch.bool)
+        return Operation(
+            lambda: kernels.decode_attention(query, keys, values, slots, lengths, mask, context),
+            lambda: kernels.decode_attention_twin(query, keys, values, slots, mask),
+            keys.nbytes + values.nbytes + slots.nbytes + 2 * query.nbytes,
+            4 * num_slots * num_heads * head_dim,
+        )
+
+    return Case("decode_attention", f"S={num_sequences} C={context}", dtype, make, is_cold=True)
