@@ -31,8 +31,8 @@ MAX_LEN = 16384
 
 @dataclass(frozen=True)
 class Subject:
-    """A model as it serves and as the oracle reads with it, what its step must read and compute, and how much its passes contract
-    (None: not measured)."""
+    """A model as it serves and as the oracle reads with it, what its step must read and compute, and how much its passes
+    contract (None: not measured)."""
 
     label: str
     model: ServingModel
