@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from server.engine.config import EngineConfig
 from server.engine.request import FinishReason
-from server.engine.stats import RequestStats, StepStats
+from server.engine.stats import RequestStats, StepStats, TokenTimes
 
 LABELS = ("model_name", "engine")
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.0075)
@@ -101,13 +101,13 @@ class EngineMetrics:
         """See EngineObserver."""
         self._rejections.labels(*self._label_values, reason).inc()
 
-    def on_tokens(self, num_tokens: int, since_arrival: float | None, since_previous: float | None) -> None:
+    def on_tokens(self, times: TokenTimes) -> None:
         """See EngineObserver."""
-        self._generation_tokens.inc(num_tokens)
-        if since_arrival is not None:
-            self._first_token.observe(since_arrival)
-        if since_previous is not None:
-            self._inter_token.observe(since_previous)
+        self._generation_tokens.inc(times.num_tokens)
+        for seconds in times.since_arrival:
+            self._first_token.observe(seconds)
+        for seconds in times.since_previous:
+            self._inter_token.observe(seconds)
 
     def on_finished(self, stats: RequestStats) -> None:
         """See EngineObserver."""

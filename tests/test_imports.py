@@ -31,9 +31,9 @@ class Rule(NamedTuple):
     allowed: tuple[str, ...] = ()
 
 
-SEAM = ("request", "stats", "config")
+SEAM = ("request", "stats", "config", "stream")
 BELOW_THE_ENGINE = (*SEAM, "sequence", "block_manager", "scheduler", "batch", "model_runner", "detokenizer")
-ABOVE_THE_ENGINE = ("server.engine.async_engine", "server.engine.sample")
+ABOVE_THE_ENGINE = ("server.engine.async_engine", "server.engine.sample", "server.engine.worker")
 
 RULES = (
     Rule("lrt_core", ("training", "server", *WEB)),

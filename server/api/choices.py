@@ -1,7 +1,7 @@
 """From the engine's deltas to the choices of a completion: texts, ids and logprobs in the legacy shape.
 
-One `ChoiceWriter` per choice writes the chunks of a stream; `merge_chunks` joins them to the choice of a plain response,
-so both say the same. Neighbours: `completions.py` drives it, `server/engine/request.py` defines `Delta`.
+One `ChoiceWriter` per choice writes the chunks of a stream, or, from all its deltas joined, the choice of a plain response.
+Neighbours: `completions.py` drives it, `server/engine/request.py` defines `Delta`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ class ChoiceWriter:
 
     def _write_logprobs(self, delta: Delta, is_first: bool) -> dict[str, list[Any]]:
         writer = _LogprobsWriter(self._tokenizer)
-        if is_first and self._echo is not None and delta.finish_reason != "abort":  # an aborted prompt may be unread
+        is_unread = delta.prompt_logprobs is None and delta.finish_reason == "abort"
+        if is_first and self._echo is not None and not is_unread:
             assert delta.prompt_logprobs is not None, "echo with logprobs asks the engine for the prompt's"
             writer.add(delta.prompt_logprobs, self._prompt_offsets())
         assert len(delta.logprobs) == len(delta.token_ids), "one logprob per generated token"
@@ -125,16 +126,3 @@ class ChoiceWriter:
     def _visible_bytes(self, token_id: int) -> bytes:
         """What a generated token adds to the text: special tokens add nothing."""
         return b"" if token_id in self._tokenizer.special_tokens.values() else self._tokenizer.token_bytes(token_id)
-
-
-def merge_chunks(chunks: Sequence[Chunk]) -> Chunk:
-    """The whole choice that its chunks make up, in order; the last one tells how it ended."""
-    merged = {**chunks[0], **{key: chunks[-1][key] for key in ("finish_reason", "stop_reason")}}
-    merged["text"] = "".join(chunk["text"] for chunk in chunks)
-    if merged["logprobs"] is not None:
-        merged["logprobs"] = {
-            column: [item for chunk in chunks for item in chunk["logprobs"][column]] for column in merged["logprobs"]
-        }
-    if "token_ids" in merged:
-        merged["token_ids"] = [id for chunk in chunks for id in chunk["token_ids"]]
-    return merged

@@ -11,24 +11,24 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from operator import itemgetter
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
 from lrt_core.sampling_params import SamplingParams
 from server.api.body import read_object
-from server.api.choices import ChoiceWriter, Chunk, merge_chunks
+from server.api.choices import ChoiceWriter, Chunk
 from server.api.errors import from_exception, json_response
+from server.api.events import DONE, KEEP_ALIVE, ChunkWriter, event
 from server.api.prompts import Prompt, PromptReader
 from server.api.schemas import CompletionRequest, parse_completion
 from server.api.service import Service
 from server.api.streaming import (
-    DONE,
-    KEEP_ALIVE,
     KEEP_ALIVE_SECONDS,
     EventStreamResponse,
     aborting,
-    event,
+    gather,
     merge,
     until_disconnect,
 )
@@ -43,7 +43,7 @@ class Completion:
         self.fields, self.prompts = fields, prompts
         self.id = f"cmpl-{uuid.uuid4().hex}"
         self._engine = service.engine
-        self._head = {
+        self.head = {
             "id": self.id,
             "object": "text_completion",
             "created": int(time.time()),
@@ -68,7 +68,7 @@ class Completion:
 
     def body(self, choices: Sequence[Chunk], **more: Any) -> dict[str, Any]:
         """The response object around `choices`."""
-        return {**self._head, "choices": choices, **more}
+        return {**self.head, "choices": choices, **more}
 
     def usage(self) -> dict[str, Any]:
         """Tokens read and generated; a prompt counts once however many samples it has."""
@@ -142,27 +142,22 @@ def _warning(dropped: Sequence[str]) -> dict[str, str]:
 
 async def _collect(completion: Completion, streams: Sequence[RequestStream]) -> dict[str, Any]:
     """The whole response. Raises ApiError."""
-    chunks: dict[int, list[Chunk]] = {}
     try:
-        async with aclosing(merge(streams, KEEP_ALIVE_SECONDS)) as batches:
-            async for batch in batches:
-                for index, delta in batch:
-                    chunk = completion.write(index, delta)
-                    chunks.setdefault(chunk["index"], []).append(chunk)
+        deltas = await gather(streams)
     except Exception as error:
         raise from_exception(error) from error
-    return completion.body([merge_chunks(chunks[index]) for index in sorted(chunks)], usage=completion.usage())
+    choices = [completion.write(index, delta) for index, delta in deltas]
+    return completion.body(sorted(choices, key=itemgetter("index")), usage=completion.usage())
 
 
 async def _events(completion: Completion, streams: Sequence[RequestStream]) -> AsyncGenerator[bytes, None]:
     """Server-sent events: a chunk per delta, usage if asked for, [DONE]; a failure is an event of its own before that."""
     include_usage = completion.fields.include_usage
-    more = {"usage": None} if include_usage else {}
+    writer = ChunkWriter(completion.head, {"usage": None} if include_usage else {})
     try:
         async with aclosing(merge(streams, KEEP_ALIVE_SECONDS)) as batches:
             async for batch in batches:
-                events = [event(completion.body([completion.write(index, delta)], **more)) for index, delta in batch]
-                yield b"".join(events) or KEEP_ALIVE
+                yield b"".join([writer.write(completion.write(*item)) for item in batch]) or KEEP_ALIVE
         if include_usage:
             yield event(completion.body([], usage=completion.usage()))
     except Exception as error:

@@ -18,6 +18,7 @@ from server.engine.request import AdmissionError, PromptTooLongError, RequestErr
 logger = logging.getLogger(__name__)
 
 INVALID_REQUEST = "invalid_request_error"
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 RETRY_AFTER = {"retry-after": "1"}
 """Seconds after which a client refused for load may try again."""
 
@@ -74,7 +75,7 @@ def from_exception(error: Exception) -> ApiError:
 
 def dump_json(content: Any) -> bytes:
     """Compact UTF-8 JSON; refuses NaN, replaces lone surrogates."""
-    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _JSON.encode(content).encode("utf-8", "replace")
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -1,12 +1,11 @@
-"""Several engine streams as one, server-sent events, and the end of work whose client has gone.
+"""Several engine streams as one, and the end of work whose client has gone.
 
-Neighbours: `completions.py` uses all three for plain and streamed responses.
+Neighbours: `completions.py` uses them for plain and streamed responses, `events.py` writes what is streamed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
@@ -15,9 +14,8 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from server.api.errors import dump_json
-from server.engine.async_engine import RequestStream
 from server.engine.request import Delta
+from server.engine.stream import DeltaStream, join
 
 T = TypeVar("T")
 
@@ -26,49 +24,101 @@ KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_SECONDS = 15.0
 
 
-def event(content: Any) -> bytes:
-    """One server-sent event that carries JSON."""
-    return b"data: " + dump_json(content) + b"\n\n"
+class _News:
+    """Wakes the one that waits for news of several streams. A timer serves many waits: rewinding it for every token costs
+    more than letting it run out and look."""
+
+    def __init__(self, streams: Sequence[DeltaStream], idle_seconds: float) -> None:
+        self._loop, self._idle_seconds = asyncio.get_running_loop(), idle_seconds
+        self._is_set = True  # there may be something already
+        self._waiter: asyncio.Future[bool] | None = None
+        self._since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        for stream in streams:
+            stream.listen(self._set)
+
+    async def wait(self) -> bool:
+        """Return at once if there was news since the last wait, else when there is; false after idle_seconds without."""
+        if not self._is_set:
+            self._waiter, self._since = self._loop.create_future(), self._loop.time()
+            if self._timer is None:
+                self._timer = self._loop.call_later(self._idle_seconds, self._look)
+            has_news = await self._waiter
+        else:
+            has_news = True
+        self._is_set = False  # the caller takes all there is
+        return has_news
+
+    def close(self) -> None:
+        """Let go of the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _set(self) -> None:
+        if self._waiter is None or self._waiter.done():
+            self._is_set = True
+        else:
+            self._waiter.set_result(True)
+
+    def _look(self) -> None:
+        """The timer has run out: silence, if the present wait has lasted that long."""
+        self._timer = None
+        if self._waiter is not None and not self._waiter.done():
+            rest = self._since + self._idle_seconds - self._loop.time()
+            if rest > 0:
+                self._timer = self._loop.call_later(rest, self._look)
+            else:
+                self._waiter.set_result(False)
 
 
-async def merge(streams: Sequence[RequestStream], idle_seconds: float) -> AsyncGenerator[list[tuple[int, Delta]], None]:
-    """Whatever arrived since the last batch, as (index of the stream, delta); an empty batch after each idle_seconds of
-    silence. A stream's exception is raised once what came before it was yielded. Closing it aborts what is unfinished."""
-    arrived: list[tuple[int, Delta]] = []
-    news = asyncio.Event()
-
-    async def pump(index: int, stream: RequestStream) -> None:
-        async for delta in stream:
-            arrived.append((index, delta))
-            news.set()
-
-    async def wait_for_news() -> bool:
-        """False when none came in time. (asyncio.wait_for can swallow a cancellation that meets the news.)"""
-        timer = asyncio.get_running_loop().call_later(idle_seconds, news.set)
-        started = time.monotonic()
-        await news.wait()
-        timer.cancel()
-        news.clear()
-        return bool(arrived) or time.monotonic() - started < idle_seconds
-
-    tasks = [asyncio.ensure_future(pump(index, stream)) for index, stream in enumerate(streams)]
-    for task in tasks:
-        task.add_done_callback(lambda _task: news.set())
+async def merge(streams: Sequence[DeltaStream], idle_seconds: float) -> AsyncGenerator[list[tuple[int, Delta]], None]:
+    """Whatever arrived since the last batch, as (index of the stream, delta), one delta a sample; an empty batch after each
+    idle_seconds of silence. A stream's error is raised once what came before it was yielded. Closing it aborts what is
+    unfinished."""
+    news = _News(streams, idle_seconds)
     try:
-        while not all(task.done() for task in tasks) or arrived:
-            is_silent = not await wait_for_news()
-            batch, arrived[:] = arrived[:], []
-            failed = next((task for task in tasks if task.done() and task.exception() is not None), None)
-            if batch or is_silent:
+        while not all(stream.is_over for stream in streams):
+            if not await news.wait():
+                yield []
+            batch = [(index, delta) for index, stream in enumerate(streams) for delta in _take(stream)]
+            error = next((stream.error for stream in streams if stream.error is not None), None)
+            if batch:
                 yield batch
-            if failed is not None:
-                failed.result()
+            if error is not None:
+                raise error
     finally:
-        await _cancel(*tasks)
+        news.close()
+        for stream in streams:
+            await stream.aclose()
+
+
+async def gather(streams: Sequence[DeltaStream]) -> list[tuple[int, Delta]]:
+    """All that the streams ever have, in one delta a sample, as (index of the stream, delta). Raises the first error."""
+    news = asyncio.Event()
+    for stream in streams:
+        stream.listen(lambda stream=stream: news.set() if stream.has_ended else None)  # type: ignore[misc]
+    while not all(stream.has_ended for stream in streams):
+        await news.wait()
+        news.clear()
+        error = next((stream.error for stream in streams if stream.error is not None), None)
+        if error is not None:
+            raise error
+    return [(index, delta) for index, stream in enumerate(streams) for delta in _take(stream)]
+
+
+def _take(stream: DeltaStream) -> list[Delta]:
+    """What has arrived, joined by sample."""
+    arrived = stream.take()
+    if len(arrived) < 2:
+        return arrived
+    by_sample: dict[int, list[Delta]] = {}
+    for delta in arrived:
+        by_sample.setdefault(delta.index, []).append(delta)
+    return [join(deltas) for deltas in by_sample.values()]
 
 
 @asynccontextmanager
-async def aborting(streams: Sequence[RequestStream]) -> AsyncIterator[None]:
+async def aborting(streams: Sequence[DeltaStream]) -> AsyncIterator[None]:
     """On leaving, abort every request of `streams` that is unfinished."""
     try:
         yield
@@ -104,9 +154,7 @@ async def _cancel(*tasks: asyncio.Future[Any]) -> None:
 class EventStreamResponse(StreamingResponse):
     """Sends events until they end or the client goes; either way the requests behind them are over afterwards."""
 
-    def __init__(
-        self, events: AsyncGenerator[bytes, None], streams: Sequence[RequestStream], headers: Mapping[str, str]
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], streams: Sequence[DeltaStream], headers: Mapping[str, str]) -> None:
         super().__init__(events, headers={"cache-control": "no-cache", **headers}, media_type="text/event-stream")
         self._events, self._streams = events, streams
 

@@ -1,26 +1,28 @@
 """The engine's front door for an event loop: requests in, streams of `Delta` out.
 
-The engine runs in a thread of its own. Commands reach it through a queue between steps; its outputs return to the loop, where
-text is made from tokens and stop strings are found, off the engine's critical path. A sample that a stop string ended may
-compute one token more before the engine hears of it; that token is never delivered or counted.
+The engine runs in a thread of its own (`worker.py`). Its steps return to the loop, where text is made from tokens, stop strings
+are found and everything is counted while the next step computes. However far the loop lags behind, one turn of it takes in all
+that has arrived. A sample that a stop string ended may compute one token more before the engine hears of it; that token is
+never delivered or counted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 
 from lrt_core.tokenizer import Tokenizer
-from server.engine.engine import Engine, SequenceOutput, StepOutput
-from server.engine.request import AdmissionError, Delta, FinishReason, GenerationRequest, RequestError
+from server.engine.engine import Engine
+from server.engine.request import AdmissionError, Delta, GenerationRequest, RequestError
 from server.engine.sample import Sample
-from server.engine.sequence import Sequence
-from server.engine.stats import EngineObserver, NullObserver, StepStats
+from server.engine.stats import EngineObserver, NullObserver, TokenTimes
+from server.engine.stream import DeltaStream
+from server.engine.worker import EngineWorker, SampleOutput, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -29,41 +31,21 @@ class EngineDeadError(RuntimeError):
     """The engine's thread failed; no request can be served any more."""
 
 
-class RequestStream:
-    """Async iterator over one request's deltas. Closing it, or cancelling the task that waits on it, aborts the request."""
+class RequestStream(DeltaStream):
+    """One request's deltas. Closing it, or cancelling the task that waits on it, aborts the request.
 
-    def __init__(self, request: GenerationRequest, owner: AsyncEngine, arrival: float) -> None:
+    first_key: of its samples' names, which count up from it.
+    """
+
+    def __init__(self, request: GenerationRequest, owner: AsyncEngine, arrival: float, first_key: int) -> None:
+        super().__init__(request.n)
         self.request = request
         self._owner = owner
-        self._queue: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
-        self.samples = [Sample(request, index, owner.tokenizer, arrival) for index in range(request.n)]
-        self._undelivered = request.n
-
-    def __aiter__(self) -> RequestStream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        if self._undelivered == 0 and self._queue.empty():
-            raise StopAsyncIteration
-        try:
-            item = await self._queue.get()
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
-        if isinstance(item, BaseException):
-            self._undelivered = 0
-            raise item
-        if item.finish_reason is not None:
-            self._undelivered -= 1
-        return item
+        self.samples = [Sample(request, index, owner.tokenizer, arrival, first_key + index) for index in range(request.n)]
 
     async def aclose(self) -> None:
         """Abort what is unfinished and free its blocks within a step; harmless when all is done."""
         self._owner.abort(self)
-
-    def push(self, item: Delta | BaseException) -> None:
-        """Hand the consumer something (event loop only)."""
-        self._queue.put_nowait(item)
 
 
 class AsyncEngine:
@@ -83,19 +65,22 @@ class AsyncEngine:
         self.observer: EngineObserver = observer or NullObserver()
         self.error: BaseException | None = None
         self.is_draining = False
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._worker: EngineWorker | None = None
         self._streams: set[RequestStream] = set()
-        self._consumers: dict[Sequence, tuple[RequestStream, Sample]] = {}
+        self._consumers: dict[int, tuple[RequestStream, Sample]] = {}
+        """Unfinished samples by key."""
+        self._keys = itertools.count()
+        self._reports: deque[StepReport] = deque()
+        """What the worker has reported and the loop not taken in."""
         self._idle = asyncio.Event()
         self._idle.set()
-        self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._last_progress = time.monotonic()
+        self._busy_since = time.monotonic()
 
     @property
     def is_ready(self) -> bool:
         """Whether requests are taken."""
-        return self._thread is not None and not self.is_draining and self.error is None
+        return self._worker is not None and not self.is_draining and self.error is None
 
     @property
     def num_in_flight(self) -> int:
@@ -105,13 +90,15 @@ class AsyncEngine:
     @property
     def last_step_age(self) -> float:
         """Seconds since the engine last got on while it has work; 0 when idle."""
-        return time.monotonic() - self._last_progress if self._streams else 0.0
+        if not self._streams or self._worker is None:
+            return 0.0
+        return time.monotonic() - max(self._busy_since, self._worker.last_progress)
 
     async def start(self) -> None:
         """Start the engine's thread."""
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="lrt-engine", daemon=True)
-        self._thread.start()
+        self._worker = EngineWorker(self.engine, self._take_report, self._take_death)
+        self._worker.start()
 
     async def stop(self, drain: bool = True) -> None:
         """Refuse new requests, finish what runs (or abort it: drain=False), then stop the thread. Idempotent."""
@@ -120,10 +107,10 @@ class AsyncEngine:
             for stream in list(self._streams):
                 self.abort(stream)
         await self._idle.wait()
-        if self._thread is not None:
-            self._commands.put(None)
-            await asyncio.to_thread(self._thread.join)
-            self._thread = None
+        if self._worker is not None:
+            self._worker.stop()
+            await asyncio.to_thread(self._worker.join)
+            self._worker = None
 
     def admit(self, request: GenerationRequest) -> RequestStream:
         """Queue a request and return its stream; raises as `admit_all`."""
@@ -143,126 +130,115 @@ class AsyncEngine:
         return [self._admit(request) for request in requests]
 
     def _admit(self, request: GenerationRequest) -> RequestStream:
+        assert self._worker is not None
         now = time.monotonic()
         if not self._streams:
-            self._last_progress = now
-        stream = RequestStream(request, self, now)
+            self._busy_since = now
+        keys = [next(self._keys) for _ in range(request.n)]
+        stream = RequestStream(request, self, now, keys[0])
         self._streams.add(stream)
+        self._consumers.update((sample.key, (stream, sample)) for sample in stream.samples)
         self._idle.clear()
         self.observer.on_request(len(request.prompt_ids), request.stopping.max_tokens, request.n)
-        self._commands.put(lambda: self._add(stream))
+        self._worker.add(request, keys[0])
         return stream
 
     def abort(self, stream: RequestStream) -> None:
         """End a request's unfinished samples with reason `abort`."""
         if stream in self._streams:
+            assert self._worker is not None
             for sample in stream.samples:
-                if not sample.finished:
-                    self._finish_sample(stream, sample, Delta(sample.index, finish_reason="abort"))
+                if sample.key in self._consumers:
+                    self._worker.finish(sample.key, "abort")
+                    self._end(stream, sample, Delta(sample.index, finish_reason="abort"), time.monotonic())
 
     def _refuse_if_unable(self, num_samples: int) -> None:
         refusal: AdmissionError | None = None
         if self.is_draining and self.error is None:
             refusal = AdmissionError("draining", "the server is shutting down and takes no new requests")
-        elif self.error is not None or self._thread is None:
+        elif self.error is not None or self._worker is None:
             refusal = AdmissionError("engine_dead", "the engine is not running")
-        elif self._num_unfinished() + num_samples > self.config.max_num_admitted:
+        elif len(self._consumers) + num_samples > self.config.max_num_admitted:
             refusal = AdmissionError("queue_full", "too many requests are waiting; try again later")
         if refusal is not None:
             self.observer.on_rejection(refusal.reason)
             raise refusal
 
-    def _num_unfinished(self) -> int:
-        return sum(not sample.finished for stream in self._streams for sample in stream.samples)
-
     # The engine's thread.
 
-    def _run(self) -> None:
-        try:
-            while self._obey():
-                output = self.engine.step()
-                self._last_progress = time.monotonic()
-                self.observer.on_step(output.stats)
-                if output.outputs:
-                    self._call_loop(lambda output=output: self._deliver(output))  # type: ignore[misc]
-        except BaseException as error:
-            logger.exception("the engine failed")
-            self.error = error
-            self._call_loop(self._die)
+    def _take_report(self, report: StepReport) -> None:
+        self._reports.append(report)
+        if len(self._reports) == 1:  # else the loop has been woken and not come yet
+            self._call_loop(self._deliver)
 
-    def _obey(self) -> bool:
-        """Carry out what the loop asked for, waiting while there is nothing to compute; false when told to stop."""
-        while True:
-            try:
-                command = self._commands.get(block=not self.engine.has_work())
-            except queue.Empty:
-                return True
-            if command is None:
-                return False
-            command()
-            if not self.engine.has_work() and self._commands.empty():
-                stats = StepStats()
-                self.engine.fill_gauges(stats)
-                self.observer.on_step(stats)
-
-    def _add(self, stream: RequestStream) -> None:
-        sequences = self.engine.add(stream.request)
-        for sequence, sample in zip(sequences, stream.samples, strict=True):
-            self._consumers[sequence] = (stream, sample)
-            sample.sequence = sequence
-            if sample.finished:
-                self._release(sequence, "abort")
-
-    def _release(self, sequence: Sequence, reason: FinishReason) -> None:
-        self.engine.finish(sequence, reason)
-        self._consumers.pop(sequence, None)
+    def _take_death(self, error: BaseException) -> None:
+        self.error = error
+        self._call_loop(self._die)
 
     def _call_loop(self, callback: Callable[[], None]) -> None:
-        assert self._loop is not None
+        assert self._loop is not None and self._worker is not None
         try:
             self._loop.call_soon_threadsafe(callback)
         except RuntimeError:
             logger.warning("the event loop is closed; the engine stops")
-            self._commands.put(None)
+            self._worker.stop()
 
     # The event loop.
 
-    def _deliver(self, output: StepOutput) -> None:
-        for item in output.outputs:
-            consumer = self._consumers.get(item.sequence)
-            if consumer is not None and not consumer[1].finished:
-                self._deliver_one(*consumer, item)
+    def _deliver(self) -> None:
+        """Take in every report; what goes wrong here would go on going wrong, so it ends the engine."""
+        try:
+            while self._reports:
+                self._take_in(self._reports[0])
+                self._reports.popleft()  # only now: until it is empty the worker need not wake the loop
+        except Exception as error:
+            logger.exception("delivering a step failed")
+            assert self._worker is not None
+            self._worker.stop()
+            self.error = error
+            self._die()
 
-    def _deliver_one(self, stream: RequestStream, sample: Sample, item: SequenceOutput) -> None:
+    def _take_in(self, report: StepReport) -> None:
+        """Hand a step's outputs to their streams and count it."""
+        times, now = TokenTimes(), time.monotonic()
+        for start in report.started:
+            if start.key in self._consumers:
+                self._consumers[start.key][1].start(start)
+        for item in report.outputs:
+            consumer = self._consumers.get(item.key)
+            if consumer is not None:
+                self._deliver_one(*consumer, item, now, times)
+        self.observer.on_step(report.stats)
+        if times.num_tokens:
+            self.observer.on_tokens(times)
+
+    def _deliver_one(self, stream: RequestStream, sample: Sample, item: SampleOutput, now: float, times: TokenTimes) -> None:
         if item.token is not None:
-            self.observer.on_tokens(1, *sample.count_token(time.monotonic()))
+            sample.count_token(now, times)
         delta = sample.make_delta(item)
-        if delta.finish_reason is not None:
-            self._finish_sample(stream, sample, delta)
-        else:
+        if delta.finish_reason is None:
             stream.push(delta)
+            return
+        if item.finish_reason is None:  # a stop string, of which the engine knows nothing
+            assert self._worker is not None
+            self._worker.finish(sample.key, delta.finish_reason)
+        self._end(stream, sample, delta, now)
 
-    def _finish_sample(self, stream: RequestStream, sample: Sample, delta: Delta) -> None:
-        assert delta.finish_reason is not None
-        sample.finished = True
-        self.observer.on_finished(sample.stats(delta.finish_reason, time.monotonic()))
-        stream.push(delta)
-        if sample.sequence is not None:
-            sequence, reason = sample.sequence, delta.finish_reason
-            self._commands.put(lambda: self._release(sequence, reason))
-        self._forget_if_over(stream)
-
-    def _forget_if_over(self, stream: RequestStream) -> None:
-        if all(sample.finished for sample in stream.samples):
+    def _end(self, stream: RequestStream, sample: Sample, last: Delta, now: float) -> None:
+        """A sample's last delta."""
+        assert last.finish_reason is not None
+        del self._consumers[sample.key]
+        self.observer.on_finished(sample.stats(last.finish_reason, now))
+        stream.push(last)
+        if not any(sample.key in self._consumers for sample in stream.samples):
             self._streams.discard(stream)
             if not self._streams:
                 self._idle.set()
 
     def _die(self) -> None:
         error = EngineDeadError("the engine failed")
-        for stream in list(self._streams):
-            for sample in stream.samples:
-                sample.finished = True
-            stream.push(error)
-            self._streams.discard(stream)
+        self._consumers.clear()
+        for stream in self._streams:
+            stream.fail(error)
+        self._streams.clear()
         self._idle.set()

@@ -29,6 +29,8 @@ class Detokenizer:
         return text + held, stop
 
     def _emit(self, piece: str) -> tuple[str, str | None]:
+        if not self._stop:
+            return piece, None
         text = self._held + piece
         found = [(text.index(stop), stop) for stop in self._stop if stop in text]
         if found:

@@ -13,12 +13,12 @@ from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
 from server.engine.model_runner import ModelRunner, WindowResult
 from server.engine.request import FinishReason, GenerationRequest, PromptTooLongError, RequestError, TokenLogprob
-from server.engine.scheduler import ScheduledWindow, Scheduler
+from server.engine.scheduler import ScheduledWindow, Scheduler, Totals
 from server.engine.sequence import Sequence, Status
 from server.engine.stats import StepStats
 
 
-@dataclass
+@dataclass(slots=True)
 class SequenceOutput:
     """What a step has for the consumer of one sequence: a token, its end, or both; an end carries the prompt's logprobs if the
     sequence never generated."""
@@ -32,8 +32,9 @@ class SequenceOutput:
 
 @dataclass
 class StepOutput:
-    """Everything one step produced."""
+    """Everything one step produced. started: sequences that it was the first to serve."""
 
+    started: list[Sequence] = field(default_factory=list)
     outputs: list[SequenceOutput] = field(default_factory=list)
     stats: StepStats = field(default_factory=StepStats)
 
@@ -102,25 +103,36 @@ class Engine:
         copies, self.blocks.copies = self.blocks.copies, []
         output = StepOutput()
         if windows:
-            for window in windows:
-                window.sequence.first_scheduled = window.sequence.first_scheduled or started
-            self._drop_finished_siblings(windows)
+            output.started = self._note_start(windows, started)
             results = self.runner.execute(windows, copies)
             self._count(results, output.stats)
             for result in results:
-                output.outputs += self._advance(result)
-        output.stats = replace(
-            output.stats,
-            num_preemptions=self.scheduler.totals.num_preemptions - before.num_preemptions,
-            num_recomputed_tokens=self.scheduler.totals.num_recomputed_tokens - before.num_recomputed_tokens,
-            num_prefix_queries=self.scheduler.totals.num_prefix_queries - before.num_prefix_queries,
-            num_prefix_hits=self.scheduler.totals.num_prefix_hits - before.num_prefix_hits,
-            step_seconds=time.monotonic() - started if windows else 0.0,
-        )
+                self._advance(result, output)
+            output.stats.step_seconds = time.monotonic() - started
+        self._fill_totals(output.stats, before)
         self.fill_gauges(output.stats)
         if self.check_invariants:
             self.scheduler.check_invariants()
         return output
+
+    def _note_start(self, windows: list[ScheduledWindow], now: float) -> list[Sequence]:
+        """Put down when each sequence was first served, and drop siblings that have ended; returns the new sequences."""
+        new = []
+        for window in windows:
+            sequence = window.sequence
+            if sequence.first_scheduled is None:
+                sequence.first_scheduled = now
+                new.append(sequence)
+            if sequence.siblings:
+                sequence.siblings = [sibling for sibling in sequence.siblings if not sibling.finished]
+        return new
+
+    def _fill_totals(self, stats: StepStats, before: Totals) -> None:
+        now = self.scheduler.totals
+        stats.num_preemptions = now.num_preemptions - before.num_preemptions
+        stats.num_recomputed_tokens = now.num_recomputed_tokens - before.num_recomputed_tokens
+        stats.num_prefix_queries = now.num_prefix_queries - before.num_prefix_queries
+        stats.num_prefix_hits = now.num_prefix_hits - before.num_prefix_hits
 
     def fill_gauges(self, stats: StepStats) -> None:
         """Write the queues' lengths and the pool's usage into `stats`."""
@@ -131,40 +143,46 @@ class Engine:
         for result in results:
             window, sequence = result.window, result.window.sequence
             stats.num_scheduled_tokens += window.num_tokens
-            settled = window.start + result.num_settled
-            num_new = min(settled, sequence.num_prompt_tokens) - sequence.num_counted_prompt_tokens
             if result.residual is not None:
                 stats.refinement_residuals.append(result.residual)
+            num_prompt_tokens = sequence.num_prompt_tokens
+            if sequence.num_counted_prompt_tokens == num_prompt_tokens:
+                continue
+            settled = window.start + result.num_settled
+            num_new = min(settled, num_prompt_tokens) - sequence.num_counted_prompt_tokens
             if num_new > 0:
                 stats.num_settled_prompt_tokens += num_new
                 sequence.num_counted_prompt_tokens += num_new
-                if settled >= sequence.num_prompt_tokens:
+                if settled >= num_prompt_tokens:
                     rows = sequence.num_computed_rows + window.num_tokens
                     stats.refinement_passes.append(rows / (settled - sequence.num_cached_tokens))
 
-    def _advance(self, result: WindowResult) -> list[SequenceOutput]:
+    def _advance(self, result: WindowResult, output: StepOutput) -> None:
         """Apply one window's result to its sequence; when that has read its prompt, its siblings set out too."""
         window, sequence = result.window, result.window.sequence
         sequence.advance(result.num_settled, window.num_tokens)
         self.blocks.register(sequence)
-        sequence.prompt_logprobs += result.prompt_logprobs
+        if result.prompt_logprobs:
+            sequence.prompt_logprobs += result.prompt_logprobs
         if sequence.num_uncomputed_tokens > 0:
-            return []
+            return
         siblings, sequence.siblings = sequence.siblings, []
         tokens: list[TokenLogprob | None] = [*result.tokens] or [None] * (1 + len(siblings))
         outputs = [self._take_token(sequence, tokens[0])]
         for sibling, token in zip(siblings, tokens[1:], strict=True):
             sibling.prompt_logprobs = sequence.prompt_logprobs
-            sibling.first_scheduled = sequence.first_scheduled
+            if sibling.first_scheduled is None:
+                sibling.first_scheduled = sequence.first_scheduled
+                output.started.append(sibling)
             sibling.num_cached_prompt_tokens = sequence.num_cached_prompt_tokens
             sibling.num_counted_prompt_tokens = sequence.num_counted_prompt_tokens
             outputs.append(self._take_token(sibling, token))
             if outputs[-1].finish_reason is None:
                 self.scheduler.fork(sequence, sibling)
-        for output in outputs:
-            if output.finish_reason is not None:
-                self.scheduler.finish(output.sequence, output.finish_reason)
-        return outputs
+        for item in outputs:
+            if item.finish_reason is not None:
+                self.scheduler.finish(item.sequence, item.finish_reason)
+        output.outputs += outputs
 
     def _take_token(self, sequence: Sequence, token: TokenLogprob | None) -> SequenceOutput:
         """Append the token (none when the prompt alone was to be read) and say whether that was the last."""
@@ -176,11 +194,6 @@ class Engine:
             sequence.token_ids.append(token.token_id)
         output.finish_reason = self._finish_reason(sequence, token)
         return output
-
-    def _drop_finished_siblings(self, windows: list[ScheduledWindow]) -> None:
-        for window in windows:
-            sequence = window.sequence
-            sequence.siblings = [sibling for sibling in sequence.siblings if not sibling.finished]
 
     def _finish_reason(self, sequence: Sequence, token: TokenLogprob | None) -> FinishReason | None:
         stopping = sequence.request.stopping

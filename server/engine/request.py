@@ -6,7 +6,7 @@ Neighbours: `async_engine.py` takes a `GenerationRequest` and yields `Delta`s; `
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lrt_core.sampling_params import SamplingParams
 
@@ -62,8 +62,7 @@ class GenerationRequest:
     cache_salt: str | None = None
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """A token's own log-probability (natural log, of the unmodified model distribution; None for a first prompt token) and
     the likeliest alternatives, (id, logprob), falling."""
 
@@ -72,7 +71,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass
+@dataclass(slots=True)
 class Delta:
     """What is new of sample `index`: text (whole characters, never part of a stop string), ids, and once finished the reason.
 

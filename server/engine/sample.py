@@ -2,53 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from lrt_core.tokenizer import Tokenizer
 from server.engine.detokenizer import Detokenizer
-from server.engine.engine import SequenceOutput
 from server.engine.request import Delta, FinishReason, GenerationRequest
-from server.engine.sequence import Sequence
-from server.engine.stats import RequestStats
+from server.engine.stats import RequestStats, TokenTimes
+from server.engine.worker import SampleOutput, SampleStart
 
 
-@dataclass(eq=False)
 class Sample:
-    """Sample `index` of a request; arrival in seconds of time.monotonic()."""
+    """Sample `index` of a request, which the engine's worker knows by its key; arrival in seconds of time.monotonic()."""
 
-    request: GenerationRequest
-    index: int
-    tokenizer: Tokenizer
-    arrival: float
-    sequence: Sequence | None = None
-    """Its sequence, once the engine has taken it."""
-    finished: bool = False
-    num_tokens: int = 0
-    first_token: float | None = None
-    last_token: float | None = None
-    _detokenizer: Detokenizer = field(init=False)
+    def __init__(self, request: GenerationRequest, index: int, tokenizer: Tokenizer, arrival: float, key: int) -> None:
+        self.request, self.index, self.arrival, self.key = request, index, arrival, key
+        self.num_tokens = self.num_cached_tokens = 0
+        self.scheduled: float | None = None
+        self.first_token: float | None = None
+        self.last_token: float | None = None
+        self._detokenizer = Detokenizer(tokenizer, request.stopping.stop)
 
-    def __post_init__(self) -> None:
-        self._detokenizer = Detokenizer(self.tokenizer, self.request.stopping.stop)
+    def start(self, start: SampleStart) -> None:
+        """The engine has begun to serve it."""
+        self.scheduled, self.num_cached_tokens = start.scheduled, start.num_cached_tokens
 
-    def count_token(self, now: float) -> tuple[float | None, float | None]:
-        """Note a token's arrival; returns (seconds since the request's arrival, None) for the first, else (None, seconds since
-        the one before)."""
-        previous, self.last_token = self.last_token, now
+    def count_token(self, now: float, times: TokenTimes) -> None:
+        """Note a token's arrival, in `times` too."""
         self.num_tokens += 1
-        if previous is None:
+        if self.last_token is None:
             self.first_token = now
-            return now - self.arrival, None
-        return None, now - previous
+            times.since_arrival.append(now - self.arrival)
+        else:
+            times.since_previous.append(now - self.last_token)
+        self.last_token = now
 
-    def make_delta(self, item: SequenceOutput) -> Delta:
+    def make_delta(self, item: SampleOutput) -> Delta:
         """Turn an engine output into what the client gets; a stop string in the text ends the sample here."""
-        delta = Delta(
-            self.index,
-            prompt_logprobs=item.prompt_logprobs,
-            finish_reason=item.finish_reason,
-            num_cached_tokens=item.sequence.num_cached_prompt_tokens or 0,
-        )
+        delta = Delta(self.index, "", [], [], item.prompt_logprobs, item.finish_reason, None, self.num_cached_tokens)
         stop: str | None = None
         if item.token is not None:
             delta.token_ids.append(item.token.token_id)
@@ -67,10 +55,10 @@ class Sample:
         return RequestStats(
             prompt_tokens=len(self.request.prompt_ids),
             generation_tokens=self.num_tokens,
-            cached_tokens=(self.sequence.num_cached_prompt_tokens or 0) if self.sequence is not None else 0,
+            cached_tokens=self.num_cached_tokens,
             finish_reason=reason,
             arrival=self.arrival,
-            scheduled=self.sequence.first_scheduled if self.sequence is not None else None,
+            scheduled=self.scheduled,
             first_token=self.first_token,
             last_token=self.last_token,
             finished=now,

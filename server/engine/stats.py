@@ -51,9 +51,22 @@ class RequestStats:
     finished: float
 
 
+@dataclass
+class TokenTimes:
+    """Generated tokens that arrived together, each of which is its sample's first (seconds since the request's arrival) or a
+    later one (seconds since the one before)."""
+
+    since_arrival: list[float] = field(default_factory=list)
+    since_previous: list[float] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of both kinds."""
+        return len(self.since_arrival) + len(self.since_previous)
+
+
 class EngineObserver(Protocol):
-    """Callbacks must be thread-safe and must not raise: `on_step` comes from the engine's thread, the rest from the event
-    loop."""
+    """Called on the event loop, while the next step computes. Callbacks must not raise."""
 
     def on_step(self, stats: StepStats) -> None:
         """After every engine step."""
@@ -64,8 +77,8 @@ class EngineObserver(Protocol):
     def on_rejection(self, reason: str) -> None:
         """A request was refused for load; reason as in AdmissionError."""
 
-    def on_tokens(self, num_tokens: int, since_arrival: float | None, since_previous: float | None) -> None:
-        """`num_tokens` generated tokens of a sample arrived: its first (seconds since arrival) or later (since previous)."""
+    def on_tokens(self, times: TokenTimes) -> None:
+        """Generated tokens arrived, of all samples that one step served."""
 
     def on_finished(self, stats: RequestStats) -> None:
         """A sample ended, aborted ones included."""
@@ -83,7 +96,7 @@ class NullObserver:
     def on_rejection(self, reason: str) -> None:
         """Ignore."""
 
-    def on_tokens(self, num_tokens: int, since_arrival: float | None, since_previous: float | None) -> None:
+    def on_tokens(self, times: TokenTimes) -> None:
         """Ignore."""
 
     def on_finished(self, stats: RequestStats) -> None:

@@ -15,7 +15,7 @@ from server.engine.block_manager import Copy
 from server.engine.model_runner import ModelRunner, WindowResult
 from server.engine.request import Delta, GenerationRequest
 from server.engine.scheduler import ScheduledWindow
-from server.engine.stats import RequestStats, StepStats
+from server.engine.stats import RequestStats, StepStats, TokenTimes
 from tests.engines import make_engine, request
 from tests.helpers import tiny_model, tiny_tokenizer
 
@@ -45,8 +45,9 @@ class Recorder:
     def on_rejection(self, reason: str) -> None:
         self.rejections.append(reason)
 
-    def on_tokens(self, num_tokens: int, since_arrival: float | None, since_previous: float | None) -> None:
-        self.tokens.append((num_tokens, since_arrival, since_previous))
+    def on_tokens(self, times: TokenTimes) -> None:
+        self.tokens += [(1, seconds, None) for seconds in times.since_arrival]
+        self.tokens += [(1, None, seconds) for seconds in times.since_previous]
 
     def on_finished(self, stats: RequestStats) -> None:
         self.finished.append(stats)
@@ -57,12 +58,15 @@ class GatedRunner(ModelRunner):
 
     gate: threading.Event
     error: BaseException | None = None
+    num_steps = 0
 
     def execute(self, windows: Sequence[ScheduledWindow], copies: Sequence[Copy] = ()) -> list[WindowResult]:
         assert self.gate.wait(LIMIT)
         if self.error is not None:
             raise self.error
-        return super().execute(windows, copies)
+        results = super().execute(windows, copies)
+        self.num_steps += 1
+        return results
 
 
 class Bench:

@@ -15,6 +15,7 @@ from server.api.app import create_app
 from server.api.service import Service
 from server.engine.config import EngineConfig
 from server.engine.request import AdmissionError, Delta, GenerationRequest, TokenLogprob
+from server.engine.stream import DeltaStream
 from tests.helpers import tiny_config, tiny_tokenizer
 
 MAX_MODEL_LEN = 64
@@ -55,37 +56,37 @@ def prompt_entries(request: GenerationRequest) -> list[TokenLogprob]:
     return [TokenLogprob(id, None if i == 0 else -float(i)) for i, id in enumerate(request.prompt_ids)]
 
 
-class FakeStream:
-    """Plays a script: an exception in it is raised, an event waited for (any thread may set it)."""
+class FakeStream(DeltaStream):
+    """Plays a script, a step each turn of the loop: an exception in it ends the stream, an event is waited for (any thread may
+    set it)."""
 
-    def __init__(self, engine: FakeEngine, steps: Iterable[Step]) -> None:
-        self._engine, self._steps = engine, iter(steps)
+    def __init__(self, engine: FakeEngine, steps: Iterable[Step], num_samples: int) -> None:
+        super().__init__(num_samples)
+        self._engine, self._steps = engine, list(steps)
         self.is_closed = False
+        self._next: asyncio.Handle = asyncio.get_running_loop().call_soon(self._play)
 
-    def __aiter__(self) -> FakeStream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        await asyncio.sleep(0)
-        for step in self._steps:
-            if isinstance(step, threading.Event):
-                while not step.is_set():
-                    if self._engine.is_aborting:
-                        return self._abort()
-                    await asyncio.sleep(0.002)
-                continue
-            if isinstance(step, Exception):
-                raise step
-            return step
-        self._engine.running.discard(self)
-        raise StopAsyncIteration
-
-    def _abort(self) -> Delta:
-        self._steps = iter(())
-        return Delta(0, finish_reason="abort")
+    def _play(self) -> None:
+        loop = asyncio.get_running_loop()
+        if not self._steps:
+            self._engine.running.discard(self)
+            return
+        step = self._steps[0]
+        if isinstance(step, threading.Event) and not step.is_set():
+            if self._engine.is_aborting:
+                self._steps = [Delta(0, finish_reason="abort")]
+            self._next = loop.call_later(0.002, self._play)
+            return
+        del self._steps[0]
+        if isinstance(step, Delta):
+            self.push(step)
+        elif isinstance(step, Exception):
+            self.fail(step)
+        self._next = loop.call_soon(self._play)
 
     async def aclose(self) -> None:
         self.is_closed = True
+        self._next.cancel()
         self._engine.running.discard(self)
 
 
@@ -141,7 +142,7 @@ class FakeEngine:
 
     def _admit(self, request: GenerationRequest) -> FakeStream:
         self.requests.append(request)
-        stream = FakeStream(self, self.script(request))
+        stream = FakeStream(self, self.script(request), request.n)
         self.streams.append(stream)
         self.running.add(stream)
         return stream

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from server.api.choices import LOWEST_LOGPROB, ChoiceWriter, merge_chunks
+from server.api.choices import LOWEST_LOGPROB, ChoiceWriter
 from server.engine.request import Delta, TokenLogprob
+from server.engine.stream import join
 
 TOKENS = {1: b"a", 2: b"bc", 3: b"\xc3", 4: b"\xa9", 5: "\u20ac".encode(), 6: b"\xe2\x82", 7: b"\xac!", 8: b"<bos>", 9: b"\xff"}
 
@@ -100,12 +101,11 @@ def test_minus_infinity_is_a_number_that_json_has() -> None:
     assert top((1, -0.1), (2, -math.inf), own=(5, -math.inf)) == {"a": -0.1, "bc": LOWEST_LOGPROB, "\u20ac": LOWEST_LOGPROB}
 
 
-def test_merged_chunks_are_the_choice() -> None:
+def test_joined_deltas_are_the_choice() -> None:
     parts = [delta(3), delta(4, text="\u00e9"), delta(2, text="b", finish="stop", stop_reason="c")]
-    chunked = writer(return_token_ids=True, prompt_text="a")
     parts[0].prompt_logprobs = [TokenLogprob(1, None)]
-    merged = merge_chunks([chunked.write(part) for part in parts])
-    assert merged == {
+    whole = writer(return_token_ids=True, prompt_text="a").write(join(parts))
+    assert whole == {
         "index": 0,
         "text": "a\u00e9b",
         "logprobs": {
@@ -119,12 +119,24 @@ def test_merged_chunks_are_the_choice() -> None:
         "token_ids": [3, 4, 2],
         "prompt_token_ids": [1],
     }
+    chunked = writer(return_token_ids=True, prompt_text="a")
+    chunks = [chunked.write(part) for part in parts]
+    assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
+    for column, entries in whole["logprobs"].items():
+        assert [item for chunk in chunks for item in chunk["logprobs"][column]] == entries
 
 
 def test_an_aborted_prompt_has_no_logprobs_to_echo() -> None:
     chunk = writer(prompt_text="a").write(delta(finish="abort"))
     assert chunk["logprobs"]["tokens"] == []
     assert chunk["finish_reason"] == "abort"
+
+
+def test_a_prompt_that_was_read_before_the_abort_is_echoed() -> None:
+    first = delta(3)
+    first.prompt_logprobs = [TokenLogprob(1, None)]
+    chunk = writer(prompt_text="a").write(join([first, Delta(0, finish_reason="abort")]))
+    assert chunk["logprobs"]["tokens"] == ["a", "\ufffd"] and chunk["finish_reason"] == "abort"
 
 
 def test_a_lost_logprob_is_a_bug() -> None:

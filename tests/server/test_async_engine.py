@@ -53,7 +53,7 @@ def test_stop_strings_never_leak_and_later_tokens_never_count(cut: tuple[int, in
         async with Bench() as bench:
             stream = bench.engine.admit(lettered(stop=(stop, "\n"), logprobs=0))
             if runs_ahead:
-                bench.block_until(lambda: len(bench.recorder.steps) >= 20)
+                bench.block_until(lambda: bench.runner.num_steps >= 20)
             deltas = await collect(stream)
             assert text_of(deltas) == text[: text.index(stop)]
             assert ids_of(deltas) == ids[:last]

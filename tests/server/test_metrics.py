@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.config import EngineConfig
 from server.engine.request import FinishReason
-from server.engine.stats import RequestStats, StepStats
+from server.engine.stats import RequestStats, StepStats, TokenTimes
 from server.metrics import EngineMetrics, token_buckets
 
 LABELS = {"model_name": "tiny", "engine": "0"}
@@ -71,7 +71,7 @@ def test_names_and_types(prefix: str) -> None:
 
 def test_two_in_one_process_do_not_meet() -> None:
     first, second = make(), make()
-    first.on_tokens(3, 0.1, None)
+    first.on_tokens(TokenTimes([0.1, 0.2], [0.3]))
     assert samples(first)["lrt:generation_tokens_total"] == 3
     assert samples(second)["lrt:generation_tokens_total"] == 0
 
@@ -115,15 +115,14 @@ def test_steps() -> None:
 def test_a_request_from_start_to_end() -> None:
     metrics = make()
     metrics.on_request(5, 16, 2)
-    metrics.on_tokens(1, 0.25, None)
-    metrics.on_tokens(2, None, 0.5)
+    metrics.on_tokens(TokenTimes([0.25], []))
+    metrics.on_tokens(TokenTimes([], [0.25, 0.75]))
     metrics.on_finished(finished("stop", 3, 1.5, 2.5, 4.5, end=5.0))
     found = samples(metrics)
     sums = {
         "request_params_max_tokens": 16,
         "request_params_n": 2,
         "time_to_first_token_seconds": 0.25,
-        "inter_token_latency_seconds": 0.5,
         "request_prompt_tokens": 5,
         "request_generation_tokens": 3,
         "e2e_request_latency_seconds": 4.0,
@@ -135,6 +134,7 @@ def test_a_request_from_start_to_end() -> None:
     }
     for name, value in sums.items():
         assert (found[f"lrt:{name}_sum"], found[f"lrt:{name}_count"]) == (value, 1), name
+    assert (found["lrt:inter_token_latency_seconds_sum"], found["lrt:inter_token_latency_seconds_count"]) == (1.0, 2)
     assert found["lrt:generation_tokens_total"] == 3
     assert found["lrt:request_success_total[finished_reason=stop]"] == 1
     assert found["lrt:request_success_total[finished_reason=length]"] == 0
