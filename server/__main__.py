@@ -196,7 +196,8 @@ def _load(settings: ServerConfig) -> tuple[Service, str]:
     metrics.describe(engine.config, dtype, engine.engine.runner.pool.latents[0].nbytes, time.monotonic() - started)
     recurrence = model.config.recurrence
     path = f"{recurrence.variant}, source layer {recurrence.source_layer}" if recurrence else "off"
-    operators = f"{dtype}, {'native' if is_native() else 'torch'} kernels"
+    weights = dtype if settings.quantize == "none" else f"{settings.quantize} weights, {dtype}"
+    operators = f"{weights}, {'native' if is_native() else 'torch'} kernels"
     greeting = f"serving {names[0]} ({checkpoint}): recurrence {path}; {operators}; cache of {engine.config.capacity} tokens"
     service = Service(
         engine=engine,
@@ -216,6 +217,8 @@ def _load_options(settings: ServerConfig, checkpoint: Path) -> LoadOptions:
     return LoadOptions(
         checkpoint=checkpoint,
         dtype=settings.dtype,
+        quantize=settings.quantize,
+        deterministic=settings.deterministic,
         device=settings.device,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,

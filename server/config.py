@@ -31,6 +31,7 @@ class ServerConfig:
     port: int = 8000
     served_model_name: tuple[str, ...] = ()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantize: Literal["none", "int8"] = "none"
     device: str = "cpu"
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -43,6 +44,7 @@ class ServerConfig:
     prefill_tolerance: float | None = None
     no_prefix_caching: bool = False
     threads: int | None = None
+    deterministic: bool = False
     check_invariants: bool = False
     max_body_size: int = 16 * 2**20
     shutdown_timeout: float = 60.0
@@ -168,6 +170,9 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
 def _add_engine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--dtype", choices=("auto", "float32", "bfloat16"), help="of weights and cache; auto: bfloat16 where it pays")
+    add(
+        "--quantize", choices=("none", "int8"), help="weights in 8 bits, a scale per output; native kernels only (default none)"
+    )
     add("--device", type=_device, help="cpu, cuda or cuda:N (default cpu)")
     add("--max-model-len", type=_count, metavar="N", help="longest prompt and output together (default: the trained context)")
     add("--max-num-seqs", type=_count, metavar="N", help="sequences that run at once (default 64)")
@@ -201,6 +206,7 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
     )
     add("--threads", type=_count, metavar="N", help="threads of one operator (default: one per core, 1 for a small model)")
     add("--no-prefix-caching", action="store_true", help="compute every prompt anew instead of reusing common beginnings")
+    add("--deterministic", action="store_true", help="bit-equal logprobs in any batch; prompts are read token by token")
     add("--check-invariants", action="store_true", help="verify the cache's books after every step; a failure stops the engine")
 
 

@@ -63,6 +63,7 @@ def _common(parser: argparse.ArgumentParser, repetitions: int = 3) -> None:
 
 
 def _model(parser: argparse.ArgumentParser, several: bool = True) -> None:
+    parser.add_argument("--quantize", choices=("none", "int8"), default="none", help="weights in 8 bits")
     parser.add_argument("--model", type=_model_name, help="d12 or a checkpoint (default: the bundled one)")
     nargs, default = ("+", "all") if several else (1, "layerwise")
     parser.add_argument("--variant", choices=VARIANTS, nargs=nargs, help=f"of d12's recurrence (default: {default})")

@@ -16,6 +16,7 @@ import torch
 from lrt_core.checkpoint import BUNDLED, load_config, load_model
 from lrt_core.config import ModelConfig, RecurrenceConfig
 from lrt_core.model import LatentRecurrentTransformer
+from lrt_core.native_model import NativeModel
 from lrt_core.refine import refine
 from server.bench import shapes
 from server.bench.cost import Cost, cost_of
@@ -51,17 +52,22 @@ def subjects(args: Namespace, shape: ModelConfig | None = None) -> Iterator[Subj
     the bench model, d12's without it."""
     if args.model != shapes.D12_NAME:
         model = load_model(args.model or BUNDLED, dtype=resolve_dtype(args, load_config(args.model or BUNDLED)))
-        yield _subject(Path(args.model or BUNDLED).resolve().name, model)
+        yield _subject(Path(args.model or BUNDLED).resolve().name, model, quantize=args.quantize)
         return
     shape = shape or shapes.D12
     for variant in args.variant:
         model, factor = bench_model(variant, resolve_dtype(args, shape), shape)
-        yield _subject(f"{args.model} {variant}", model, factor)
+        yield _subject(f"{args.model} {variant}", model, factor, args.quantize)
 
 
-def _subject(label: str, model: LatentRecurrentTransformer, contraction: float | None = None) -> Subject:
-    cost = cost_of(model)
-    return Subject(label, serving_model(model, MAX_LEN), model, cost, contraction)
+def _subject(
+    label: str, model: LatentRecurrentTransformer, contraction: float | None = None, quantize: str = "none"
+) -> Subject:
+    cost, served = cost_of(model), serving_model(model, MAX_LEN, quantize == "int8")
+    if isinstance(served, NativeModel):
+        cost = replace(cost, weight_bytes=served.step_bytes)
+    label += "" if quantize == "none" else f" {quantize}"
+    return Subject(label, served, model, cost, contraction)
 
 
 def resolve_dtype(args: Namespace, config: ModelConfig) -> torch.dtype:

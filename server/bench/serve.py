@@ -114,7 +114,7 @@ def _own(args: Namespace, report: Report) -> Iterator[tuple[Target, Worker]]:
         length = args.prompt_len + args.new_tokens
         if length > config.sequence_len and "--max-model-len" not in args.server_flags:
             raise BenchError(f"prompt and output are {length} tokens, the model's context is {config.sequence_len}")
-        flags = ["--dtype", str(resolve_dtype(args, config)).removeprefix("torch.")]
+        flags = ["--dtype", str(resolve_dtype(args, config)).removeprefix("torch."), "--quantize", args.quantize]
         flags += ["--threads", str(args.threads)] if args.threads else []
         num_seqs = max(point.clients or 1 for point in points(args))
         sizes = ["--max-num-seqs", str(num_seqs), "--max-len", str(length)]

@@ -32,6 +32,7 @@ def _parse(argv: Sequence[str] | None) -> Namespace:
     parser = ArgumentParser(prog="python -m server.bench.worker", description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantize", default="none")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--max-num-seqs", type=int, required=True)
     parser.add_argument("--max-len", type=int, required=True)

@@ -43,7 +43,8 @@ class LoadError(ValueError):
 class LoadOptions:
     """What to load and how. None lets model and machine decide: max_model_len is the trained context, kv_cache_memory (bytes)
     what max_num_seqs sequences of full length need within a share of the free memory, the tolerance follows the type. dtype
-    auto is bfloat16 where hardware has it and the model is not small."""
+    auto is bfloat16 where it pays and the model is not small. quantize: int8 weights for the products. deterministic: logprobs
+    bit-equal alone and in any batch, whatever was cached, forked or preempted; prompts are then read sequentially."""
 
     checkpoint: Path
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -59,6 +60,8 @@ class LoadOptions:
     prefill_tolerance: float | None = None
     prefix_caching: bool = True
     check_invariants: bool = False
+    quantize: Literal["none", "int8"] = "none"
+    deterministic: bool = False
 
 
 def load_engine(options: LoadOptions, observer: EngineObserver | None = None) -> AsyncEngine:
@@ -71,16 +74,29 @@ def load_engine(options: LoadOptions, observer: EngineObserver | None = None) ->
     model = load_model(options.checkpoint, dtype=dtype, device=options.device)
     tokenizer = load_tokenizer(options.checkpoint)
     generation = load_generation_config(options.checkpoint)
-    weights_id = fingerprint(model)
+    weights_id = fingerprint(model) + ("" if options.quantize == "none" else f"-{options.quantize}")
     config = resolve(options, model.config, dtype)
-    runner = _make_runner(serving_model(model, config.max_model_len), config)
+    _check_native(options, model)
+    runner = _make_runner(serving_model(model, config.max_model_len, options.quantize == "int8"), config)
     engine = Engine(runner, generation.eos_token_ids, options.check_invariants, weights_id=weights_id)
     return AsyncEngine(engine, tokenizer, observer)
 
 
-def serving_model(model: LatentRecurrentTransformer, max_len: int) -> LatentRecurrentTransformer | NativeModel:
-    """The model as it is served, for sequences of up to max_len tokens: native where that exists, else fused and packed."""
-    return NativeModel(model, max_len) if can_run(model) else pack(fuse(model))
+def serving_model(
+    model: LatentRecurrentTransformer, max_len: int, quantize: bool = False
+) -> LatentRecurrentTransformer | NativeModel:
+    """The model as it is served, for sequences of up to max_len tokens: native where that exists, else fused and packed.
+
+    quantize: int8 weights, native code's alone.
+    """
+    return NativeModel(model, max_len, quantize) if can_run(model) else pack(fuse(model))
+
+
+def _check_native(options: LoadOptions, model: LatentRecurrentTransformer) -> None:
+    """Raise LoadError for what only native code can do, where there is none."""
+    for flag, wanted in (("--quantize int8", options.quantize == "int8"), ("--deterministic", options.deterministic)):
+        if wanted and not can_run(model):
+            raise LoadError(f"{flag} needs the native kernels: --device cpu, and an install that found a C++ compiler")
 
 
 def _check_device(device: torch.device) -> None:
@@ -126,7 +142,8 @@ def resolve(options: LoadOptions, model_config: ModelConfig, dtype: torch.dtype)
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_num_waiting=options.max_num_waiting,
-            prefill=options.prefill,
+            # A state that is read token by token depends on its tokens alone, not on how windows fell.
+            prefill="sequential" if options.deterministic else options.prefill,
             window=min(options.prefill_window, options.max_num_batched_tokens),
             tolerance=tolerance,
             prefix_caching=options.prefix_caching,
