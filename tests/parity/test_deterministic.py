@@ -1,0 +1,94 @@
+"""With sequential reading every state is a function of its tokens alone: logprobs are bit-equal alone, in any batch, in random
+traffic, after hits, forks and preemption, in both types and in int8."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrt_core import kernels
+from lrt_core.model import LatentRecurrentTransformer
+from server.engine.engine import Engine
+from server.engine.loader import LoadError, LoadOptions, load_engine, serving_model
+from server.engine.model_runner import ModelRunner
+from server.engine.request import GenerationRequest
+from tests.engines import Outcome, engine_config, request, run
+from tests.helpers import VARIANTS, contracting_model, random_ids
+
+needs_native = pytest.mark.skipif(not kernels.is_native(), reason="the package's build found no C++ compiler")
+KINDS = ["float32", "bfloat16", "int8"]
+
+
+def make(model: LatentRecurrentTransformer, kind: str, **overrides: int) -> Engine:
+    config = engine_config(prefill="sequential", **overrides)
+    served = serving_model(model, config.max_model_len, quantize=kind == "int8")
+    return Engine(ModelRunner(served, config), (), check_invariants=True, seed=0)
+
+
+def entries(outcome: Outcome) -> list[tuple[int, float | None]]:
+    return [(token.token_id, token.logprob) for token in [*(outcome.prompt_logprobs or ()), *outcome.tokens]]
+
+
+def requests(count: int) -> list[GenerationRequest]:
+    rng, stem = random.Random(5), random_ids(40)
+    return [
+        request(
+            [*stem[: rng.choice([0, 9, 24])], *random_ids(rng.randint(1, 30), number)],
+            rng.randint(1, 10),
+            n=1 + number % 2,
+            logprobs=0,
+            prompt_logprobs=0 if number % 3 == 0 else None,
+            temperature=float(number % 2),
+            seed=number,
+        )
+        for number in range(count)
+    ]
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", ["layerwise", "upper-middle-source", "plain"])
+def test_logprobs_are_bit_equal_whatever_else_runs(variant: str, kind: str) -> None:
+    model = contracting_model(variant)
+    if kind == "bfloat16":
+        for weight in model.parameters():
+            weight.data = weight.data.to(torch.bfloat16) if weight.ndim > 1 else weight.data
+    wanted = requests(12)
+    alone = [run(make(model, kind, prefix_caching=False), [item]).outcomes[0] for item in wanted]
+    arrangements = {
+        "together": {},
+        "in a small pool": {"num_blocks": 22, "max_model_len": 80},
+        "a few at a time": {"max_num_seqs": 2},
+    }
+    for name, sizes in arrangements.items():
+        engine = make(model, kind, **sizes)
+        for _ in range(2):  # the second time from what the first left in the cache
+            done = run(engine, wanted)
+            for own, other in zip(alone, done.outcomes, strict=True):
+                assert [entries(sample) for sample in own] == [entries(sample) for sample in other], name
+        assert name != "in a small pool" or engine.scheduler.totals.num_preemptions > 0
+        assert engine.scheduler.totals.num_prefix_hits > 0
+
+
+def test_the_loader_reads_sequentially_and_refuses_what_torch_cannot_promise(checkpoint: Path) -> None:
+    options = LoadOptions(checkpoint, dtype="float32", deterministic=True)
+    if kernels.is_native():
+        assert load_engine(options).config.prefill == "sequential"
+    with kernels.native(False), pytest.raises(LoadError, match="--deterministic needs the native kernels"):
+        load_engine(options)
+
+
+@needs_native
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_int8_stays_near(variant: str) -> None:
+    """Per-output scales leave tiny models' greedy logprobs within a few hundredths of float32's."""
+    model = contracting_model(variant)
+    item = request(random_ids(30), 0, prompt_logprobs=0)
+    exact, rounded = (run(make(model, kind), [item]).outcomes[0][0].prompt_logprobs or [] for kind in ("float32", "int8"))
+    pairs = [
+        (a.logprob, b.logprob) for a, b in zip(exact, rounded, strict=True) if a.logprob is not None and b.logprob is not None
+    ]
+    assert len(pairs) == 29 and 0 < max(abs(a - b) for a, b in pairs) < 0.3
