@@ -18,7 +18,7 @@ RUNTIME = $(VENV)/.runtime-installed
 DEVELOPMENT = $(VENV)/.development-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check bench train docker clean
+.PHONY: help setup serve test check proofs bench train docker clean
 
 help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,9 @@ check: $(DEVELOPMENT) ## what CI runs: ruff, mypy --strict, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
+
+proofs: $(DEVELOPMENT) ## check the claims about state, batches and memory at full scale (minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.proofs $(ARGS)
 
 bench: $(RUNTIME) ## measure the engine's speed on this machine
 	@$(BIN)/lrt-bench offline $(ARGS)

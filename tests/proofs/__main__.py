@@ -1,0 +1,55 @@
+"""`python -m tests.proofs`: every proof at full scale, with its figures. Exit status 1 when a claim does not hold."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from tests.proofs.scoring import BOUNDS, count_differing, self_consistency
+from tests.proofs.soak import soak
+
+
+def main() -> int:
+    """Run them all; 0 when all hold."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of requests (default 1)")
+    scale = parser.parse_args().scale
+    torch.set_num_threads(1)
+    held = [_consistency(int(500 * scale)), _invariance(int(200 * scale)), _soak(int(10_000 * scale))]
+    return 0 if all(held) else 1
+
+
+def _consistency(count: int) -> bool:
+    held = True
+    for dtype, bound in BOUNDS.items():
+        found = self_consistency(count, dtype)
+        worst = max(found.cold, found.cached, found.forked, found.preempted)
+        print(f"{count} sequences scored again, {dtype} (bound {bound:g}): {found}", flush=True)
+        held = held and worst <= bound and found.num_hits > 0 and found.num_preemptions > 0
+    return held
+
+
+def _invariance(count: int) -> bool:
+    ways: list[dict[str, float]] = [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 20}]
+    differing = [count_differing(count, **sampling) for sampling in ways]
+    print(f"{count} requests alone, in batches and in traffic; requests with other ids:")
+    for sampling, number in zip(ways, differing, strict=True):
+        print(f"  {sampling or 'greedy'}: {number}", flush=True)
+    return not any(differing)
+
+
+def _soak(count: int) -> bool:
+    found = soak(count)
+    print(f"{count} requests, {found.num_aborted} aborted; per tenth of them:")
+    print("  requests a second:", *(f"{rate:.0f}" for rate in found.rates))
+    print("  KiB traced:", *(size // 1024 for size in found.traced))
+    print("  MiB resident:", *(size // 2**20 for size in found.resident))
+    left = (found.num_used_blocks, found.num_known_sequences, found.num_tasks)
+    print(f"  blocks, sequences, tasks left: {left}; last tenth at {found.rates[-1] / found.rates[0]:.1%} of the first's rate")
+    return left == (0, 0, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
