@@ -64,7 +64,7 @@ def _subject(
     label: str, model: LatentRecurrentTransformer, contraction: float | None = None, quantize: str = "none"
 ) -> Subject:
     cost, served = cost_of(model), serving_model(model, MAX_LEN, quantize == "int8")
-    if isinstance(served, NativeModel):
+    if isinstance(served, NativeModel) and quantize != "none":
         cost = replace(cost, weight_bytes=served.step_bytes)
     label += "" if quantize == "none" else f" {quantize}"
     return Subject(label, served, model, cost, contraction)

@@ -13,6 +13,7 @@ EVERY_FLAG = {
     "--port": ("0", 0),
     "--served-model-name": ("a, b", ("a", "b")),
     "--dtype": ("bfloat16", "bfloat16"),
+    "--quantize": ("int8", "int8"),
     "--device": ("cuda:1", "cuda:1"),
     "--max-model-len": ("100", 100),
     "--max-num-seqs": ("3", 3),
@@ -31,9 +32,9 @@ EVERY_FLAG = {
 }
 OTHER_WORDS = {
     **{"--prefill": "window", "--dtype": "float32", "--device": "cpu", "--log-level": "error"},
-    **{"--metrics-prefix": "lrt"},
+    **{"--metrics-prefix": "lrt", "--quantize": "none"},
 }
-SWITCHES = ("--lenient", "--stay-on-failure", "--no-prefix-caching", "--check-invariants")
+SWITCHES = ("--lenient", "--stay-on-failure", "--no-prefix-caching", "--check-invariants", "--deterministic")
 
 
 def field(flag: str) -> str:
