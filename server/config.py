@@ -40,7 +40,7 @@ class ServerConfig:
     kv_cache_memory: int | None = None
     block_size: int = 16
     prefill: Literal["window", "sequential"] = "window"
-    prefill_window: int = 128
+    prefill_window: int | None = None
     prefill_tolerance: float | None = None
     no_prefix_caching: bool = False
     threads: int | None = None
@@ -196,7 +196,10 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         help="how prompts are read (default window)",
     )
     add(
-        "--prefill-window", type=_count, metavar="N", help="largest refinement window (default 128, at most the rows of a step)"
+        "--prefill-window",
+        type=_count,
+        metavar="N",
+        help="largest refinement window (default 16 with native kernels, else 128; at most the rows of a step)",
     )
     add(
         "--prefill-tolerance",

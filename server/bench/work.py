@@ -15,7 +15,7 @@ from lrt_core.sampling_params import SamplingParams
 from server.bench.errors import BenchError
 from server.engine.config import EngineConfig, PrefillMode
 from server.engine.engine import Engine
-from server.engine.loader import DEFAULT_TOLERANCE
+from server.engine.loader import DEFAULT_TOLERANCE, default_window
 from server.engine.model_runner import ModelRunner, ServingModel
 from server.engine.request import GenerationRequest, StoppingParams
 
@@ -53,6 +53,7 @@ def make_engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(512, max_num_seqs),
         prefill=prefill,
+        window=default_window(model.device.type),
         tolerance=DEFAULT_TOLERANCE[model.dtype],
         prefix_caching=prefix_caching,
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lrt_core.checkpoint import CheckpointError, load_model, save_checkpoint
+from lrt_core.kernels import is_native, native
 from lrt_core.paged import PagedPool
 from server.engine import loader
 from server.engine.loader import LoadError, LoadOptions, fingerprint, is_small, load_engine, resolve
@@ -69,11 +70,14 @@ def test_defaults(memory: dict[str, int]) -> None:
     config = resolve(options(), CONFIG, torch.float32)
     assert config.max_model_len == CONFIG.sequence_len == 64
     assert config.num_blocks == 64 * 64 // 16, "64 sequences of full length"
-    assert (config.window, config.prefill, config.tolerance) == (128, "window", 1e-5)
+    assert (config.window, config.prefill, config.tolerance) == (16 if is_native() else 128, "window", 1e-5)
+    with native(False):
+        assert resolve(options(), CONFIG, torch.float32).window == 128
+    assert resolve(options(device="cuda"), CONFIG, torch.bfloat16).window == 128
 
 
 def test_a_window_is_no_larger_than_a_step(memory: dict[str, int]) -> None:
-    assert resolve(options(max_num_batched_tokens=80), CONFIG, torch.float32).window == 80
+    assert resolve(options(max_num_batched_tokens=80, prefill_window=128), CONFIG, torch.float32).window == 80
 
 
 def test_a_share_of_free_memory_bounds_the_cache(memory: dict[str, int]) -> None:
