@@ -20,6 +20,7 @@ from lrt_core.config import ModelConfig
 from lrt_core.fused import FusedInputProjections
 from lrt_core.kernels.plan import (
     KINDS,
+    MOST_QUERIES,
     LayerStruct,
     MatrixStruct,
     ModelStruct,
@@ -55,8 +56,9 @@ class NativeStream:
 
 
 def can_run(model: LatentRecurrentTransformer) -> bool:
-    """Whether native code can take this model: built, switched on, on a CPU, in float32 or bfloat16."""
-    return kernels.is_native() and model.device.type == "cpu" and model.dtype in (torch.float32, torch.bfloat16)
+    """Whether native code can take this model: built, switched on, on a CPU, float32 or bfloat16, at most 16 heads a group."""
+    fits = model.config.num_heads // model.config.num_kv_heads <= MOST_QUERIES
+    return fits and kernels.is_native() and model.device.type == "cpu" and model.dtype in (torch.float32, torch.bfloat16)
 
 
 class NativeModel:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lrt_core.attention import attention
 from lrt_core.config import ModelConfig
-from lrt_core.kernels import decode_attention
+from lrt_core.kernels.attention import gathered_attention
 from lrt_core.kernels.plan import READ_AHEAD
 from lrt_core.kv import Heads
 from lrt_core.model import stream_dtype
@@ -115,9 +115,8 @@ class PagedKV:
         masks = self._layer_masks(self.pool.config.window(layer))
         parts = []
         if self.decodes is not None:
-            slots, context_lens = self.decodes.slots, self.decodes.context_lens
-            query, window = heads.query[: len(slots)], self.pool.config.window(layer)
-            parts.append(decode_attention(query, keys, values, slots, context_lens, masks[0], window))
+            slots = self.decodes.slots
+            parts.append(gathered_attention(heads.query[: len(slots)], keys, values, slots, masks[0]))
         for group, mask in zip(self.windows, masks[1:], strict=True):
             query = heads.query[group.start : group.start + group.num_tokens].unsqueeze(0)
             context_keys, context_values = keys[group.slots].unsqueeze(0), values[group.slots].unsqueeze(0)

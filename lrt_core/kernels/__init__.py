@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrt_core.attention import attention
 from lrt_core.kernels.plan import declare
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_VERSION = 2
+_VERSION = 3
 """Of the library's functions; raised with every change of one, so that a library from an older build is not called."""
 _EPS = torch.finfo(torch.float32).eps
 """Of every norm, in bfloat16 too."""
@@ -150,40 +149,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2 = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
-
-
-def decode_attention(
-    query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, context_lens: Tensor, mask: Tensor, window: int
-) -> Tensor:
-    """Attention of one query row per sequence over its slots of a paged cache, without gathering them.
-
-    query [S, N, H]; keys and values [num_slots, G, H]; slots int64 [S, C]; context_lens int64 [S], each at least 1; a query
-    sees its last window + 1 tokens, which `mask` [S, 1, 1, C] says too. Returns [S, N, H].
-    """
-    tensors = (query, keys, values, slots, context_lens)
-    fits = keys.dtype == values.dtype == query.dtype and all(tensor.is_contiguous() for tensor in tensors)
-    if not (_can_run(query) and fits):
-        return decode_attention_twin(query, keys, values, slots, mask)
-    assert _library is not None
-    num_sequences, num_heads, head_dim = query.shape
-    out = torch.empty_like(query)
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (query, keys, values, out, slots)]
-    sizes = (num_sequences, num_heads, keys.shape[1], head_dim, window)
-    _library.lrt_decode_attention(
-        _DTYPES[query.dtype],
-        *pointers,
-        ctypes.c_int64(slots.shape[1]),
-        ctypes.c_void_p(context_lens.data_ptr()),
-        *map(ctypes.c_int64, sizes),
-        ctypes.c_float(head_dim**-0.5),
-        torch.get_num_threads(),
-    )
-    return out
-
-
-def decode_attention_twin(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
-    """`decode_attention` by gather and SDPA. The query heads of one KV head stand as its queries: nothing is repeated."""
-    num_sequences, _, head_dim = query.shape
-    grouped = query.reshape(num_sequences, keys.shape[1], -1, head_dim).transpose(1, 2)
-    out = attention(grouped, keys[slots], values[slots], mask=mask)
-    return out.transpose(1, 2).flatten(1, 2)

@@ -40,74 +40,6 @@ inline void narrow(float x, uint16_t* out) {
     *out = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// exp(x) for x <= 0 within 2 units of the last place: 2^n by the exponent, the rest by a polynomial (Cephes' coefficients).
-inline float exp_negative(float x) {
-    x = std::max(x, -87.0f);
-    const float n = static_cast<float>(static_cast<int32_t>(x * 1.44269504f - 0.5f));
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, sizeof scale);
-    return p * scale;
-}
-
-// One sequence, one key/value head: `group` query heads [group, head_dim] over the keys at slots[first..end).
-template <typename T>
-inline __attribute__((always_inline)) void attend(
-    const T* query, const T* keys, const T* values, T* out, const int64_t* slots, int64_t first, int64_t end, int64_t group,
-    int64_t head_dim, int64_t slot_stride, float scale, float* scratch) {
-    const int64_t length = end - first;
-    float* wide_query = scratch;                  // [group, head_dim]
-    float* accumulated = scratch + group * head_dim;  // [group, head_dim]
-    float* scores = accumulated + group * head_dim;   // [group, length]
-    for (int64_t i = 0; i < group * head_dim; ++i) {
-        wide_query[i] = widen(query[i]) * scale;
-        accumulated[i] = 0.0f;
-    }
-    for (int64_t j = 0; j < length; ++j) {
-        const T* key = keys + slots[first + j] * slot_stride;
-        for (int64_t r = 0; r < group; ++r) {
-            const float* row = wide_query + r * head_dim;
-            float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t h = 0; h < head_dim; ++h) sum += row[h] * widen(key[h]);
-            scores[r * length + j] = sum;
-        }
-    }
-    for (int64_t r = 0; r < group; ++r) {
-        float* row = scores + r * length;
-        float largest = row[0];
-#pragma omp simd reduction(max : largest)
-        for (int64_t j = 0; j < length; ++j) largest = std::max(largest, row[j]);
-        float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-        for (int64_t j = 0; j < length; ++j) {
-            row[j] = exp_negative(row[j] - largest);
-            total += row[j];
-        }
-        const float inverse = 1.0f / total;
-#pragma omp simd
-        for (int64_t j = 0; j < length; ++j) row[j] *= inverse;
-    }
-    for (int64_t j = 0; j < length; ++j) {
-        const T* value = values + slots[first + j] * slot_stride;
-        for (int64_t r = 0; r < group; ++r) {
-            const float weight = scores[r * length + j];
-            float* row = accumulated + r * head_dim;
-#pragma omp simd
-            for (int64_t h = 0; h < head_dim; ++h) row[h] += weight * widen(value[h]);
-        }
-    }
-    for (int64_t i = 0; i < group * head_dim; ++i) narrow(accumulated[i], out + i);
-}
-
 // RMS norm of one row, in float32 whatever the types.
 template <typename In, typename Out>
 inline __attribute__((always_inline)) void norm(const In* x, Out* out, int64_t size, float eps) {
@@ -134,12 +66,6 @@ inline __attribute__((always_inline)) void rope_norm(
 
 // Every kernel's inner function once per instruction set; templates are inlined into it and so compiled for that set.
 #define INNER_FUNCTIONS(set, attributes)                                                                                   \
-    template <typename T>                                                                                                  \
-    attributes void attend_##set(const T* query, const T* keys, const T* values, T* out, const int64_t* slots,             \
-                                 int64_t first, int64_t end, int64_t group, int64_t head_dim, int64_t slot_stride,         \
-                                 float scale, float* scratch) {                                                            \
-        attend<T>(query, keys, values, out, slots, first, end, group, head_dim, slot_stride, scale, scratch);              \
-    }                                                                                                                      \
     template <typename In, typename Out>                                                                                   \
     attributes void norm_##set(const In* x, Out* out, int64_t size, float eps) {                                           \
         norm<In, Out>(x, out, size, eps);                                                                                  \
@@ -210,53 +136,12 @@ void rope_norm_rows(const void* x, int64_t token_stride, const float* cos, const
     }
 }
 
-template <typename T>
-void decode_attention(
-    const T* query, const T* keys, const T* values, T* out, const int64_t* slots, int64_t max_context,
-    const int64_t* context_lens, int64_t num_sequences, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
-    int64_t window, float scale, int num_threads) {
-    const auto attend_one = CHOOSE(attend, T);
-    const int64_t group = num_heads / num_kv_heads;
-    const int64_t slot_stride = num_kv_heads * head_dim;
-#pragma omp parallel num_threads(num_threads)
-    {
-        std::vector<float> scratch(group * (2 * head_dim + max_context));
-#pragma omp for collapse(2) schedule(dynamic, 1)
-        for (int64_t s = 0; s < num_sequences; ++s) {
-            for (int64_t g = 0; g < num_kv_heads; ++g) {
-                const int64_t head = (s * num_heads + g * group) * head_dim;
-                const int64_t end = context_lens[s];
-                const int64_t first = std::max<int64_t>(0, end - 1 - window);
-                attend_one(query + head, keys + g * head_dim, values + g * head_dim, out + head, slots + s * max_context,
-                           first, end, group, head_dim, slot_stride, scale, scratch.data());
-            }
-        }
-    }
-}
-
 }  // namespace
 
 extern "C" {
 
 // Changes with every change of a function below; `__init__.py` refuses a library of another version.
-int lrt_version() { return 2; }
-
-// Attention of one query row per sequence over its slots of a paged cache. query and out [S, N, H]; keys and values
-// [num_slots, G, H]; slots [S, C]; context_lens [S], each in 1..C; a query sees its last `window` + 1 tokens.
-void lrt_decode_attention(
-    int is_bfloat16, const void* query, const void* keys, const void* values, void* out, const int64_t* slots,
-    int64_t max_context, const int64_t* context_lens, int64_t num_sequences, int64_t num_heads, int64_t num_kv_heads,
-    int64_t head_dim, int64_t window, float scale, int num_threads) {
-    if (is_bfloat16) {
-        decode_attention(static_cast<const uint16_t*>(query), static_cast<const uint16_t*>(keys),
-                         static_cast<const uint16_t*>(values), static_cast<uint16_t*>(out), slots, max_context, context_lens,
-                         num_sequences, num_heads, num_kv_heads, head_dim, window, scale, num_threads);
-    } else {
-        decode_attention(static_cast<const float*>(query), static_cast<const float*>(keys),
-                         static_cast<const float*>(values), static_cast<float*>(out), slots, max_context, context_lens,
-                         num_sequences, num_heads, num_kv_heads, head_dim, window, scale, num_threads);
-    }
-}
+int lrt_version() { return 3; }
 
 // RMS norm of the rows of x [rows, size]; bfloat16 in means bfloat16 out.
 void lrt_norm(

@@ -14,6 +14,8 @@ from torch import Tensor
 TILE = 16
 """Outputs of one packed tile."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+MOST_QUERIES = 16
+"""Query heads of one key/value head that native attention takes."""
 READ_AHEAD = 64
 """Numbers behind the end of the pool's keys and values that the native step may read."""
 
@@ -142,3 +144,8 @@ def declare(library: ctypes.CDLL) -> None:
     library.lrt_layers.restype = None
     library.lrt_apply.argtypes = (POINTER(MatrixStruct), c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int64)
     library.lrt_apply.restype = None
+    library.lrt_attend.argtypes = (
+        *(POINTER(ModelStruct), POINTER(PoolStruct), POINTER(StepStruct)),
+        *(c_void_p, c_void_p, c_void_p, c_int64),
+    )
+    library.lrt_attend.restype = None

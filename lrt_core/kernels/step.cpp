@@ -138,15 +138,16 @@ struct Set {
     void (*embed)(const Model&, const Step&, Team&);
     void (*layers)(const Model&, const Pool&, const Step&, int64_t, int64_t, char*, float*, Team&);
     void (*apply)(const Matrix&, const float*, int64_t, float, char*, float*, Team&);
+    void (*attend)(const Model&, const Pool&, const Step&, const float*, char*, float*, Team&);
     int64_t (*workspace_size)(const Model&, int64_t, int64_t);
 };
 
-constexpr Set kPlain = {"plain", plain::embed, plain::layers, plain::apply, plain::workspace_size};
+constexpr Set kPlain = {"plain", plain::embed, plain::layers, plain::apply, plain::attend, plain::workspace_size};
 #if HAS_VARIANTS
-constexpr Set kAvx2 = {"avx2", avx2::embed, avx2::layers, avx2::apply, avx2::workspace_size};
-constexpr Set kAvx512 = {"avx512", avx512::embed, avx512::layers, avx512::apply, avx512::workspace_size};
+constexpr Set kAvx2 = {"avx2", avx2::embed, avx2::layers, avx2::apply, avx2::attend, avx2::workspace_size};
+constexpr Set kAvx512 = {"avx512", avx512::embed, avx512::layers, avx512::apply, avx512::attend, avx512::workspace_size};
 #if HAS_BF16_DOT
-constexpr Set kAvx512Bf16 = {"avx512_bf16", avx512_bf16::embed, avx512_bf16::layers, avx512_bf16::apply, avx512_bf16::workspace_size};
+constexpr Set kAvx512Bf16 = {"avx512_bf16", avx512_bf16::embed, avx512_bf16::layers, avx512_bf16::apply, avx512_bf16::attend, avx512_bf16::workspace_size};
 #endif
 #endif
 
@@ -215,5 +216,12 @@ void lrt_apply(const lrt::Matrix* matrix, const float* input, int64_t rows, floa
                int64_t num_threads) {
     lrt::run_team(num_threads, lrt::kOtherCounters,
                   [&](lrt::Team& team) { lrt::set.apply(*matrix, input, rows, softcap, workspace, out, team); });
+}
+
+// Attention alone over the first layer's part of the pool: queries [T, N, H] -> out [T, N * H]. workspace as for `lrt_layers`.
+void lrt_attend(const lrt::Model* model, const lrt::Pool* pool, const lrt::Step* step, const float* queries, char* workspace,
+                float* out, int64_t num_threads) {
+    lrt::run_team(num_threads, lrt::kOtherCounters,
+                  [&](lrt::Team& team) { lrt::set.attend(*model, *pool, *step, queries, workspace, out, team); });
 }
 }

@@ -152,9 +152,22 @@ struct Workspace {
     }
 };
 
-// Groups of rows of one sequence whose queries share passes over the keys; returns how many.
-INLINE int64_t cut_chunks(const Model& m, const Step& step, int32_t* chunks) {
-    const int64_t group = m.num_heads / m.num_kv_heads, most = group >= kMostQueries ? 1 : kMostQueries / group;
+// Rows of one sequence whose queries share passes over the keys, at most.
+INLINE int64_t rows_of_chunk(const Model& m) {
+    const int64_t group = m.num_heads / m.num_kv_heads;
+    return group >= kMostQueries ? 1 : kMostQueries / group;
+}
+
+INLINE int64_t count_chunks(const Model& m, const Step& step) {
+    const int64_t most = rows_of_chunk(m);
+    int64_t count = 0;
+    for (int64_t s = 0; s < step.num_sequences; ++s) count += (step.row_starts[s + 1] - step.row_starts[s] + most - 1) / most;
+    return count;
+}
+
+// Writes the groups down.
+INLINE void cut_chunks(const Model& m, const Step& step, int32_t* chunks) {
+    const int64_t most = rows_of_chunk(m);
     int64_t count = 0;
     for (int64_t s = 0; s < step.num_sequences; ++s) {
         for (int64_t row = step.row_starts[s]; row < step.row_starts[s + 1]; row += most, ++count) {
@@ -164,7 +177,6 @@ INLINE int64_t cut_chunks(const Model& m, const Step& step, int32_t* chunks) {
             chunks[3 * count + 2] = static_cast<int32_t>(left < most ? left : most);
         }
     }
-    return count;
 }
 
 template <typename T>
@@ -245,10 +257,7 @@ INLINE void run_layers(const Model& m, const Pool& pool, const Step& step, int64
     w.cut(m, step.num_rows, team.num_threads, memory);
     float* scratch = w.scratch + team.thread * ((w.scratch_size + 15) / 16 * 16);
     const int64_t size = m.hidden_size, stride = padded_size(size);
-    // Every thread counts the chunks, one writes them down.
-    int64_t num_chunks = 0;
-    const int64_t group = m.num_heads / m.num_kv_heads, most = group >= kMostQueries ? 1 : kMostQueries / group;
-    for (int64_t s = 0; s < step.num_sequences; ++s) num_chunks += (step.row_starts[s + 1] - step.row_starts[s] + most - 1) / most;
+    const int64_t num_chunks = count_chunks(m, step);
     if (team.thread == 0) cut_chunks(m, step, w.chunks);
     if (step.memory != nullptr) {
         each_row(step.num_rows, team, [&](int64_t row) __attribute__((always_inline)) {
@@ -272,6 +281,31 @@ INLINE void run_layers(const Model& m, const Pool& pool, const Step& step, int64
 void layers(const Model& m, const Pool& pool, const Step& step, int64_t first, int64_t end, char* memory, float* out, Team& team) {
     if (pool.kind == kBfloat16) return run_layers<uint16_t>(m, pool, step, first, end, memory, out, team);
     run_layers<float>(m, pool, step, first, end, memory, out, team);
+}
+
+// Attention alone: queries float32 [T, N, H], after rope and norm, over one layer of the pool -> out [T, N * H].
+template <typename T>
+INLINE void attend_only(const Model& m, const Pool& pool, const Step& step, const float* queries, char* memory, float* out, Team& team) {
+    Workspace w;
+    w.cut(m, step.num_rows, team.num_threads, memory);
+    float* scratch = w.scratch + team.thread * ((w.scratch_size + 15) / 16 * 16);
+    const int64_t size = m.head_dim, padded = padded_head(size), width = m.num_heads * size;
+    const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(size));
+    each_row(step.num_rows * m.num_heads, team, [&](int64_t task) __attribute__((always_inline)) {
+        place_query<T>(queries + task * size, size, padded, scale, w.queries + task * padded);
+    });
+    if (team.thread == 0) cut_chunks(m, step, w.chunks);
+    team.barrier();
+    attend_all<T>(m, pool, step, 0, count_chunks(m, step), w, scratch, team);
+    team.barrier();
+    each_row(step.num_rows, team, [&](int64_t row) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < width; ++i) out[row * width + i] = w.attended.wide[row * w.attended.stride + i];
+    });
+}
+
+void attend(const Model& m, const Pool& pool, const Step& step, const float* queries, char* memory, float* out, Team& team) {
+    if (pool.kind == kBfloat16) return attend_only<uint16_t>(m, pool, step, queries, memory, out, team);
+    attend_only<float>(m, pool, step, queries, memory, out, team);
 }
 
 int64_t workspace_size(const Model& m, int64_t rows, int64_t num_threads) {

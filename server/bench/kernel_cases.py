@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from lrt_core import kernels
-from lrt_core.kernels.plan import PackedMatrix
+from lrt_core.kernels.attention import gathered_attention, paged_attention
+from lrt_core.kernels.plan import READ_AHEAD, PackedMatrix
 from lrt_core.kernels.products import apply, apply_twin
 from server.bench.shapes import D12
 
@@ -57,7 +59,7 @@ def cases(dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
         yield from (_norm(width, dtype) for width in WIDTHS)
         yield from (_rope_norm(width, dtype) for width in WIDTHS)
         yield from (_product(width, dtype) for width in WIDTHS)
-        yield from (_decode_attention(*context, dtype) for context in CONTEXTS)
+        yield from (_paged_attention(*context, dtype) for context in CONTEXTS)
 
 
 def _product(num_rows: int, dtype: torch.dtype) -> Case:
@@ -99,22 +101,26 @@ def _rope_norm(num_tokens: int, dtype: torch.dtype) -> Case:
     return Case("rope_norm", f"[{num_tokens}, {num_heads}, {head_dim}]", dtype, make, is_cold=False)
 
 
-def _decode_attention(num_sequences: int, context: int, dtype: torch.dtype) -> Case:
+def _paged_attention(num_sequences: int, context: int, dtype: torch.dtype) -> Case:
     """One query row [S, N, H] each over C slots that lie anywhere in a pool, in blocks of 16."""
     num_heads, num_kv_heads, head_dim = D12.num_heads, D12.num_kv_heads, D12.head_dim
 
     def make() -> Operation:
-        num_slots = num_sequences * context
-        keys, values = (torch.randn(num_slots, num_kv_heads, head_dim).to(dtype) for _ in range(2))
-        query = torch.randn(num_sequences, num_heads, head_dim).to(dtype)
-        blocks = torch.randperm(num_slots // 16)
+        num_slots, num_blocks = num_sequences * context, context // 16
+        size = num_slots * num_kv_heads * head_dim
+        keys, values = (
+            torch.randn(size + READ_AHEAD).to(dtype)[:size].view(num_slots, num_kv_heads, head_dim) for _ in range(2)
+        )
+        query = torch.randn(num_sequences, num_heads, head_dim)
+        blocks = torch.randperm(num_slots // 16).view(num_sequences, num_blocks)
         slots = (blocks.unsqueeze(-1) * 16 + torch.arange(16)).reshape(num_sequences, context)
-        lengths, mask = torch.full((num_sequences,), context), torch.ones(num_sequences, 1, 1, context, dtype=torch.bool)
+        positions, mask = torch.full((num_sequences,), context - 1), torch.ones(num_sequences, 1, 1, context, dtype=torch.bool)
+        starts, tables = np.arange(num_sequences + 1, dtype=np.int32), blocks.tolist()
         return Operation(
-            lambda: kernels.decode_attention(query, keys, values, slots, lengths, mask, context),
-            lambda: kernels.decode_attention_twin(query, keys, values, slots, mask),
-            keys.nbytes + values.nbytes + slots.nbytes + 2 * query.nbytes,
+            lambda: paged_attention(query, positions, keys, values, context, 16, starts, tables),
+            lambda: gathered_attention(query.to(dtype), keys, values, slots, mask).float(),
+            keys.nbytes + values.nbytes + 2 * query.nbytes,
             4 * num_slots * num_heads * head_dim,
         )
 
-    return Case("decode_attention", f"S={num_sequences} C={context}", dtype, make, is_cold=True)
+    return Case("paged_attention", f"S={num_sequences} C={context}", dtype, make, is_cold=True)

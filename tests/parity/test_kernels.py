@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from lrt_core import kernels
 from lrt_core.generate import generate
+from lrt_core.kernels.attention import gathered_attention, paged_attention
+from lrt_core.kernels.plan import READ_AHEAD
 from tests.engines import make_engine, request, run
 from tests.helpers import VARIANTS, contracting_model, random_ids
 
@@ -28,23 +31,36 @@ def test_kernels_can_be_switched_off() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_decode_attention(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+def test_paged_attention(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+    """One row a sequence, blocks of 3 out of order; and the last rows of a context as a window, each bit-equal to its own."""
     num_sequences, num_heads, num_kv_heads, head_dim, context = shape
     generator = torch.Generator().manual_seed(0)
-    num_slots = num_sequences * context + 7
-    keys = torch.randn(num_slots, num_kv_heads, head_dim, generator=generator).to(dtype)
-    values = torch.randn(num_slots, num_kv_heads, head_dim, generator=generator).to(dtype)
-    query = (3 * torch.randn(num_sequences, num_heads, head_dim, generator=generator)).to(dtype)
-    slots = torch.randperm(num_slots, generator=generator)[: num_sequences * context].view(num_sequences, context)
-    context_lens = torch.randint(1, context + 1, (num_sequences,), generator=generator)
-    context_lens[-1] = context
+    num_blocks = -(-context // 3)
+    size = num_sequences * num_blocks * 3 * num_kv_heads * head_dim
+    keys, values = (
+        torch.randn(size + READ_AHEAD, generator=generator).to(dtype)[:size].view(-1, num_kv_heads, head_dim) for _ in range(2)
+    )
+    query = 3 * torch.randn(num_sequences, num_heads, head_dim, generator=generator)
+    blocks = torch.randperm(num_sequences * num_blocks, generator=generator).view(num_sequences, num_blocks)
+    slots = (blocks.unsqueeze(-1) * 3 + torch.arange(3)).flatten(1)[:, :context]
+    lengths = torch.randint(1, context + 1, (num_sequences,), generator=generator)
+    lengths[-1] = context
     for window in (0, context // 3, context):
-        columns, lengths = torch.arange(context), context_lens.unsqueeze(-1)
-        mask = ((columns < lengths) & (columns >= lengths - 1 - window))[:, None, None, :]
-        actual = kernels.decode_attention(query, keys, values, slots, context_lens, mask, window)
-        wide = kernels.decode_attention_twin(query.float(), keys.float(), values.float(), slots, mask)
-        assert actual.dtype == dtype and actual.shape == query.shape
-        assert (actual.float() - wide).abs().max() < TOLERANCE[dtype], window
+        columns, ends = torch.arange(context), lengths.unsqueeze(-1)
+        mask = ((columns < ends) & (columns >= ends - 1 - window))[:, None, None, :]
+        starts = np.arange(num_sequences + 1, dtype=np.int32)
+        actual = paged_attention(query, lengths - 1, keys, values, window, 3, starts, blocks.tolist())
+        wide = gathered_attention(query, keys.float(), values.float(), slots, mask)
+        assert (actual - wide).abs().max() < 1e-5, window
+
+        num_rows = min(context, 37)
+        rows = torch.randn(num_rows, num_heads, head_dim, generator=generator)
+        positions, table = torch.arange(context - num_rows, context), [blocks[-1].tolist()]
+        together = paged_attention(rows, positions, keys, values, window, 3, np.array([0, num_rows], dtype=np.int32), table)
+        one = np.array([0, 1], dtype=np.int32)
+        for row, position, result in zip(rows, positions, together, strict=True):
+            alone = paged_attention(row[None], position[None], keys, values, window, 3, one, table)
+            assert torch.equal(alone[0], result)
 
 
 @needs_native
