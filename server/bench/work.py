@@ -15,7 +15,7 @@ from lrt_core.sampling_params import SamplingParams
 from server.bench.errors import BenchError
 from server.engine.config import EngineConfig, PrefillMode
 from server.engine.engine import Engine
-from server.engine.loader import DEFAULT_TOLERANCE, default_window
+from server.engine.loader import DEFAULT_TOLERANCE, default_window, prompt_rows
 from server.engine.model_runner import ModelRunner, ServingModel
 from server.engine.request import GenerationRequest, StoppingParams
 
@@ -46,6 +46,7 @@ def make_engine(
 
     Raises BenchError when the pool cannot be had.
     """
+    window = default_window(model.config, model.device.type)
     config = EngineConfig(
         max_model_len=max_len,
         num_blocks=num_blocks or max_num_seqs * -(-max_len // BLOCK_SIZE),
@@ -53,7 +54,8 @@ def make_engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(512, max_num_seqs),
         prefill=prefill,
-        window=default_window(model.device.type),
+        window=window,
+        num_prompt_rows=prompt_rows(window),
         tolerance=DEFAULT_TOLERANCE[model.dtype],
         prefix_caching=prefix_caching,
     )

@@ -16,7 +16,7 @@ class EngineConfig:
     one step's forward. num_blocks * block_size: capacity of the paged pool. max_num_waiting: queue length beyond which
     requests are refused. prefill: how prompts are read; window is the largest refinement window; tolerance the relative L2
     change of an incoming memory below which a position counts as settled. prefix_caching: reuse settled blocks of earlier
-    sequences.
+    sequences. num_prompt_rows: rows of a step that prompts share, one at least for each; None: each has its window.
     """
 
     max_model_len: int
@@ -29,11 +29,14 @@ class EngineConfig:
     window: int = 128
     tolerance: float = 1e-5
     prefix_caching: bool = True
+    num_prompt_rows: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_prompt_rows is not None and self.num_prompt_rows < 1:
+            raise ValueError(f"num_prompt_rows must be at least 1, got {self.num_prompt_rows}")
         for name in ("max_num_waiting", "tolerance"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

@@ -31,6 +31,8 @@ DEFAULT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 SMALL_MODEL = 16 * 2**20
 """Parameters below which the weights may stay in a CPU's cache; bfloat16 and a second thread then cost more than they save
 (measured with 6 million parameters on two cores)."""
+NARROW_WINDOW = 16
+"""Rows of a window where rows are dear (measured: docs/bench)."""
 _MEMORY_SHARE = 0.4
 """Largest share of the memory still available that the cache takes unless told otherwise."""
 
@@ -134,6 +136,8 @@ def resolve(options: LoadOptions, model_config: ModelConfig, dtype: torch.dtype)
         raise LoadError(f"--block-size must be at least 1, got {options.block_size}")
     max_model_len = options.max_model_len or model_config.sequence_len
     tolerance = DEFAULT_TOLERANCE[dtype] if options.prefill_tolerance is None else options.prefill_tolerance
+    wanted = default_window(model_config, options.device) if options.prefill_window is None else options.prefill_window
+    window = min(wanted, options.max_num_batched_tokens)
     try:
         return EngineConfig(
             max_model_len=max_model_len,
@@ -144,7 +148,8 @@ def resolve(options: LoadOptions, model_config: ModelConfig, dtype: torch.dtype)
             max_num_waiting=options.max_num_waiting,
             # A state that is read token by token depends on its tokens alone, not on how windows fell.
             prefill="sequential" if options.deterministic else options.prefill,
-            window=min(_window(options), options.max_num_batched_tokens),
+            window=window,
+            num_prompt_rows=prompt_rows(window),
             tolerance=tolerance,
             prefix_caching=options.prefix_caching,
         )
@@ -152,14 +157,19 @@ def resolve(options: LoadOptions, model_config: ModelConfig, dtype: torch.dtype)
         raise LoadError(str(error)) from None
 
 
-def default_window(device: str) -> int:
-    """Largest refinement window unless told otherwise: on a CPU a step of some ten rows takes little longer than a step of one,
-    and a narrow window computes a token fewer times; more rows only pay where a step has a price of its own."""
-    return 16 if torch.device(device).type == "cpu" and is_native() else 128
+def default_window(model_config: ModelConfig, device: str) -> int:
+    """Largest refinement window, in rows, unless told otherwise.
+
+    On a CPU a step of some ten rows takes little longer than a step of one, beyond that every row has its price, and a narrow
+    window computes a token fewer times. A plain model computes every token once, however wide.
+    """
+    is_narrow = torch.device(device).type == "cpu" and is_native() and model_config.recurrence is not None
+    return NARROW_WINDOW if is_narrow else 128
 
 
-def _window(options: LoadOptions) -> int:
-    return default_window(options.device) if options.prefill_window is None else options.prefill_window
+def prompt_rows(window: int) -> int | None:
+    """What prompts share in a step: where windows are narrow because rows are dear, one window's rows."""
+    return window if window <= NARROW_WINDOW else None
 
 
 def fingerprint(model: LatentRecurrentTransformer) -> str:

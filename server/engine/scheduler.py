@@ -96,11 +96,22 @@ class Scheduler:
             else:
                 reading.append(sequence)
         budget = self.config.max_num_batched_tokens - len(windows)
+        share = self._share(reading, budget)
         for sequence in reading:
-            budget -= self._schedule_window(sequence, budget, windows)
-        while budget > 0 and (admitted := self._admit()) is not None:
+            budget -= self._schedule_window(sequence, min(share, budget), windows)
+        while self.config.num_prompt_rows is None and budget > 0 and (admitted := self._admit()) is not None:
             budget -= self._schedule_window(admitted, budget, windows)
         return windows
+
+    def _share(self, reading: list[Sequence], budget: int) -> int:
+        """Rows that each prompt may have in this step. Where prompts share rows, those that can begin now join `reading`: many
+        narrow windows compute a token fewer times than a few wide ones."""
+        num_rows = self.config.num_prompt_rows
+        if num_rows is None:
+            return budget
+        while len(reading) < min(num_rows, budget) and (admitted := self._admit()) is not None:
+            reading.append(admitted)
+        return max(1, num_rows // max(1, len(reading)))
 
     def _make_room(self) -> None:
         """Give every running sequence blocks for all its tokens, by rank, preempting the last in rank when none are left."""

@@ -75,6 +75,19 @@ def test_decoding_goes_first_and_windows_share_the_rest() -> None:
     assert step(scheduler) == [(decoding, 2, 1), (first, 16, 16), (second, 3, 3)]
 
 
+def test_prompts_share_their_rows_where_these_are_dear() -> None:
+    scheduler = make_scheduler(window=8, num_prompt_rows=8, max_num_seqs=12)
+    decoding, alone = add(scheduler, 1, 40), add(scheduler, 20)
+    step(scheduler)
+    assert step(scheduler) == [(decoding, 1, 1), (alone, 4, 8)]
+    others = [add(scheduler, 30) for _ in range(3)]
+    assert step(scheduler) == [(decoding, 2, 1), (alone, 12, 2), *((other, 0, 2) for other in others)]
+    more = [add(scheduler, 30) for _ in range(7)]
+    widths = [(sequence, count) for sequence, _, count in step(scheduler)]
+    assert widths == [(decoding, 1), (alone, 1), *((other, 1) for other in (*others, *more[:4]))], "eight read, one row each"
+    assert more[4].status is Status.WAITING
+
+
 def test_an_unsettled_window_starts_again_behind_what_settled() -> None:
     scheduler = make_scheduler(window=8)
     add(scheduler, 30)
@@ -230,7 +243,7 @@ class Simulation:
 
 
 configs = st.builds(
-    lambda blocks, size, seqs, extra, window, mode: engine_config(
+    lambda blocks, size, seqs, extra, window, mode, rows: engine_config(
         max_model_len=blocks * size,
         num_blocks=blocks,
         block_size=size,
@@ -238,6 +251,7 @@ configs = st.builds(
         max_num_batched_tokens=seqs + extra,
         window=window,
         prefill=mode,
+        num_prompt_rows=rows,
     ),
     st.integers(1, 10),
     st.integers(1, 4),
@@ -245,6 +259,7 @@ configs = st.builds(
     st.integers(0, 12),
     st.integers(1, 9),
     st.sampled_from(["window", "sequential"]),
+    st.sampled_from([None, 1, 4, 9]),
 )
 
 

@@ -203,6 +203,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         extra=st.integers(0, 12),
         window=st.integers(1, 9),
+        num_prompt_rows=st.sampled_from([None, None, 1, 5]),
         prefill=st.sampled_from(["window", "window", "sequential"]),
         prefix_caching=st.sampled_from([True, True, False]),
         latents_are_hidden=st.booleans(),
