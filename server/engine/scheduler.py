@@ -86,8 +86,8 @@ class Scheduler:
         sequence.status, sequence.finish_reason = Status.FINISHED, reason
 
     def schedule(self) -> list[ScheduledWindow]:
-        """The next step's windows; makes room by preemption where it must."""
-        self._make_room()
+        """The next step's windows; makes room by preemption where it must, and then admits nobody in the same step."""
+        may_admit = not self._make_room()
         windows: list[ScheduledWindow] = []
         reading = []
         for sequence in self.running:
@@ -96,26 +96,24 @@ class Scheduler:
             else:
                 reading.append(sequence)
         budget = self.config.max_num_batched_tokens - len(windows)
-        share = self._share(reading, budget)
+        num_rows = self.config.num_prompt_rows
+        if num_rows is None:
+            share = budget
+        else:
+            # Those that can begin now join at once: many narrow windows compute a token fewer times than a few wide ones.
+            while may_admit and len(reading) < min(num_rows, budget) and (admitted := self._admit()) is not None:
+                reading.append(admitted)
+            share = max(1, num_rows // max(1, len(reading)))
         for sequence in reading:
             budget -= self._schedule_window(sequence, min(share, budget), windows)
-        while self.config.num_prompt_rows is None and budget > 0 and (admitted := self._admit()) is not None:
+        while may_admit and num_rows is None and budget > 0 and (admitted := self._admit()) is not None:
             budget -= self._schedule_window(admitted, budget, windows)
         return windows
 
-    def _share(self, reading: list[Sequence], budget: int) -> int:
-        """Rows that each prompt may have in this step. Where prompts share rows, those that can begin now join `reading`: many
-        narrow windows compute a token fewer times than a few wide ones."""
-        num_rows = self.config.num_prompt_rows
-        if num_rows is None:
-            return budget
-        while len(reading) < min(num_rows, budget) and (admitted := self._admit()) is not None:
-            reading.append(admitted)
-        return max(1, num_rows // max(1, len(reading)))
-
-    def _make_room(self) -> None:
-        """Give every running sequence blocks for all its tokens, by rank, preempting the last in rank when none are left."""
-        position = 0
+    def _make_room(self) -> bool:
+        """Give every running sequence blocks for all its tokens, by rank, preempting the last in rank when none are left; whether
+        any was preempted."""
+        position, num_before = 0, len(self.running)
         while position < len(self.running):
             sequence = self.running[position]
             while not self.blocks.grow(sequence):
@@ -124,6 +122,7 @@ class Scheduler:
                 if victim is sequence:
                     break
             position += 1
+        return len(self.running) < num_before
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

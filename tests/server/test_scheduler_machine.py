@@ -108,30 +108,50 @@ class Load:
         assert num_stayed > 0 or not before.running, "the first in rank gave way"
         admitted = [sequence for sequence in running if sequence not in before.computed]
         assert admitted == before.waiting[: len(admitted)], "somebody overtook"
-        if waiting and len(running) < self.config.max_num_seqs and not self.is_budget_spent():
+        if num_stayed < len(before.running):
+            assert not admitted, "admitted where others had just to give way"
+        elif waiting and len(running) < self.config.max_num_seqs and not self.is_budget_spent(before):
             head = waiting[0]
             matched = self.blocks.match(head) if self.may_share(head) else []
             assert not self.blocks.can_place(head, matched, reserve=len(running)), "there was room for the first in the queue"
 
-    def is_budget_spent(self) -> bool:
-        wanted = [min(sequence.window.width, sequence.num_uncomputed_tokens) for sequence in self.scheduler.running]  # type: ignore[union-attr]
-        return sum(wanted) >= self.config.max_num_batched_tokens
+    def is_budget_spent(self, before: Before) -> bool:
+        """Whether no row is left for a prompt that waits."""
+        decoding, reading = self.parted(before)
+        budget, num_rows = self.config.max_num_batched_tokens - len(decoding), self.config.num_prompt_rows
+        if num_rows is None:
+            return sum(self.wanted(sequence) for sequence in reading) >= budget
+        return len(reading) >= min(num_rows, budget)
+
+    def parted(self, before: Before) -> tuple[list[Sequence], list[Sequence]]:
+        """Those that decode, and the prompts in the order in which they are served: newcomers last."""
+        stayed = [sequence for sequence in self.scheduler.running if sequence in before.computed]
+        newcomers = [sequence for sequence in self.scheduler.running if sequence not in before.computed]
+        decoding = [sequence for sequence in stayed if sequence.num_uncomputed_tokens == 1]
+        return decoding, [sequence for sequence in stayed if sequence.num_uncomputed_tokens > 1] + newcomers
+
+    @staticmethod
+    def wanted(sequence: Sequence) -> int:
+        assert sequence.window is not None
+        return min(sequence.window.width, sequence.num_uncomputed_tokens)
 
     def may_share(self, sequence: Sequence) -> bool:
         needs_hidden = sequence.request.prompt_logprobs is not None and not sequence.num_output_tokens
         return self.config.prefix_caching and (self.latents_are_hidden or not needs_hidden)
 
     def check_windows(self, before: Before, windows: list[ScheduledWindow]) -> None:
-        """Every decoding sequence has its row; then come full windows, by rank, until the budget is spent; then newcomers."""
+        """Every decoding sequence has its row; then come windows, by rank, until the budget is spent; then newcomers. Prompts that
+        share rows have equal parts of them."""
         running = self.scheduler.running
-        stayed = [sequence for sequence in running if sequence in before.computed]
-        decoding = [sequence for sequence in stayed if sequence.num_uncomputed_tokens == 1]
-        reading = [sequence for sequence in stayed if sequence.num_uncomputed_tokens > 1]
-        budget, expected = self.config.max_num_batched_tokens, {}
-        for sequence in (*decoding, *reading, *(s for s in running if s not in before.computed)):
-            assert sequence.window is not None
-            expected[sequence] = min(sequence.window.width, sequence.num_uncomputed_tokens, budget)
+        decoding, reading = self.parted(before)
+        budget, num_rows = self.config.max_num_batched_tokens - len(decoding), self.config.num_prompt_rows
+        expected = dict.fromkeys(decoding, 1)
+        for sequence in reading:
+            part = budget if num_rows is None else max(1, num_rows // len(reading))
+            expected[sequence] = min(self.wanted(sequence), part, budget)
             budget -= expected[sequence]
+        if num_rows is not None:
+            assert sum(expected[sequence] for sequence in reading) <= max(num_rows, len(reading))
         scheduled = {window.sequence: window.num_tokens for window in windows}
         assert len(scheduled) == len(windows)
         assert scheduled == {sequence: count for sequence, count in expected.items() if count > 0}
