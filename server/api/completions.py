@@ -16,13 +16,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from lrt_core.sampling_params import SamplingParams
 from server.api.body import read_object
 from server.api.choices import ChoiceWriter, Chunk
 from server.api.errors import from_exception, json_response
 from server.api.events import DONE, KEEP_ALIVE, ChunkWriter, event
 from server.api.prompts import Prompt, PromptReader
-from server.api.schemas import CompletionRequest, parse_completion
+from server.api.schemas import CompletionRequest, parse_fields
 from server.api.service import Service
 from server.api.streaming import (
     KEEP_ALIVE_SECONDS,
@@ -33,7 +32,7 @@ from server.api.streaming import (
     until_disconnect,
 )
 from server.engine.async_engine import RequestStream
-from server.engine.request import Delta, GenerationRequest, StoppingParams
+from server.engine.request import Delta, GenerationRequest
 
 
 class Completion:
@@ -100,13 +99,8 @@ class Completion:
         return GenerationRequest(
             request_id=f"{self.id}-{index}",
             prompt_ids=prompt.ids,
-            sampling=SamplingParams(
-                temperature=fields.temperature,
-                top_p=fields.top_p,
-                top_k=min(fields.top_k, self._engine.tokenizer.vocab_size),
-                seed=fields.seed,
-            ),
-            stopping=StoppingParams(min(fields.max_tokens, room), fields.ignore_eos, fields.stop),
+            sampling=fields.sampling_params(self._engine.tokenizer.vocab_size),
+            stopping=fields.stopping_params(room),
             n=fields.n,
             logprobs=fields.logprobs,
             prompt_logprobs=fields.logprobs if fields.echo else None,
@@ -121,7 +115,7 @@ def add_completions(app: FastAPI, service: Service) -> None:
     async def create_completion(request: Request) -> Response:
         """Complete one or several prompts."""
         data = await read_object(request, service.max_body_size)
-        fields, dropped = parse_completion(data, service.lenient)
+        fields, dropped = parse_fields(CompletionRequest, data, service.lenient)
         if fields.model is not None:
             service.check_model(fields.model)
         completion = Completion(service, fields, await reader.read(fields.prompt, fields.max_tokens))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
+from lrt_core.sampling_params import SamplingParams
 from server.api.errors import ApiError, bad_request
+from server.engine.request import StoppingParams
 
 MAX_SAMPLES = 128
 MAX_CHOICES = 1024
@@ -87,18 +89,17 @@ Text = Annotated[str, AfterValidator(_valid_text)]
 
 
 class StreamOptions(BaseModel):
-    """What a stream carries besides its text. Foreign keys are judged by `parse_completion`, not here."""
+    """What a stream carries besides its text. Foreign keys are judged by `parse_fields`, not here."""
 
     model_config = ConfigDict(strict=True, frozen=True)
     include_usage: bool = False
 
 
-class CompletionRequest(BaseModel):
-    """A valid body of POST /v1/completions; defaults are OpenAI's. Without `model` the one served answers."""
+class GenerationFields(BaseModel):
+    """What every generating route takes; defaults are OpenAI's. Without `model` the one served answers."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
     model: Text | None = None
-    prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0)] = 16
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -107,8 +108,6 @@ class CompletionRequest(BaseModel):
     stop: Annotated[tuple[str, ...], PlainValidator(_parse_stop)] = ()
     ignore_eos: bool = False
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    echo: bool = False
     return_token_ids: bool = False
     stream: bool = False
     stream_options: Annotated[StreamOptions, BeforeValidator(_without_nulls)] | None = None
@@ -118,25 +117,61 @@ class CompletionRequest(BaseModel):
         """Whether a stream ends with a chunk of usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    def sampling_params(self, vocab_size: int) -> SamplingParams:
+        """How the samples are drawn."""
+        return SamplingParams(temperature=self.temperature, top_p=self.top_p, top_k=min(self.top_k, vocab_size), seed=self.seed)
 
-def parse_completion(data: Mapping[str, Any], lenient: bool = False) -> tuple[CompletionRequest, list[str]]:
-    """The request in `data` and the unknown fields that were dropped (none unless `lenient`). Raises ApiError (400)."""
-    unknown, problems = _foreign_fields(data, lenient)
-    fields = {key: value for key, value in data.items() if key in CompletionRequest.model_fields and value is not None}
+    def stopping_params(self, room: int) -> StoppingParams:
+        """When the samples end; room: tokens that the context holds behind the prompt."""
+        return StoppingParams(min(self.max_tokens, room), self.ignore_eos, self.stop)
+
+    def conflicts(self) -> list[tuple[str, str]]:
+        """Fields that are valid alone but not together: (field, message)."""
+        if self.stream_options is not None and not self.stream:
+            return [("stream_options", "is allowed only with stream")]
+        return []
+
+
+class CompletionRequest(GenerationFields):
+    """A valid body of POST /v1/completions."""
+
+    prompt: Prompts
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool = False
+
+    def conflicts(self) -> list[tuple[str, str]]:
+        """See the base class."""
+        problems = super().conflicts()
+        if self.max_tokens == 0 and not self.echo:
+            problems.append(("max_tokens", "may be 0 only with echo"))
+        if self.n * len(self.prompt) > MAX_CHOICES:
+            problems.append(("prompt", f"makes more than {MAX_CHOICES} choices: {len(self.prompt)} prompts times n = {self.n}"))
+        return problems
+
+
+FieldsT = TypeVar("FieldsT", bound=GenerationFields)
+
+
+def parse_fields(kind: type[FieldsT], data: Mapping[str, Any], lenient: bool = False) -> tuple[FieldsT, list[str]]:
+    """The request of this kind in `data`, and the unknown fields that were dropped (none unless `lenient`). Raises ApiError."""
+    unknown, problems = _foreign_fields(kind, data, lenient)
+    fields = {key: value for key, value in data.items() if key in kind.model_fields and value is not None}
     try:
-        request = CompletionRequest.model_validate(fields)
+        request = kind.model_validate(fields)
     except ValidationError as error:
         problems += _problems(error)
     else:
-        problems += _conflicts(request)
+        problems += request.conflicts()
     if problems:
         raise _refusal(problems)
     return request, unknown
 
 
-def _foreign_fields(data: Mapping[str, Any], lenient: bool) -> tuple[list[str], list[tuple[str, str]]]:
+def _foreign_fields(
+    kind: type[GenerationFields], data: Mapping[str, Any], lenient: bool
+) -> tuple[list[str], list[tuple[str, str]]]:
     """Names that are set but not ours: those to drop, and problems (field, message) for those to refuse."""
-    names = [key for key, value in data.items() if value is not None and key not in CompletionRequest.model_fields]
+    names = [key for key, value in data.items() if value is not None and key not in kind.model_fields]
     options = data.get("stream_options")
     if isinstance(options, dict):
         known = StreamOptions.model_fields
@@ -157,19 +192,6 @@ def _problems(error: ValidationError) -> list[tuple[str, str]]:
             problems.append((name, "is required"))
         else:
             problems.append((name, f"{message}, got {_INPUT.repr(item['input'])}"))
-    return problems
-
-
-def _conflicts(request: CompletionRequest) -> list[tuple[str, str]]:
-    problems = []
-    if request.max_tokens == 0 and not request.echo:
-        problems.append(("max_tokens", "may be 0 only with echo"))
-    if request.stream_options is not None and not request.stream:
-        problems.append(("stream_options", "is allowed only with stream"))
-    if request.n * len(request.prompt) > MAX_CHOICES:
-        problems.append(
-            ("prompt", f"makes more than {MAX_CHOICES} choices: {len(request.prompt)} prompts times n = {request.n}")
-        )
     return problems
 
 

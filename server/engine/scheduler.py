@@ -111,8 +111,10 @@ class Scheduler:
         return windows
 
     def _make_room(self) -> bool:
-        """Give every running sequence blocks for all its tokens, by rank, preempting the last in rank when none are left; whether
-        any was preempted."""
+        """Give every running sequence blocks for all its tokens, by rank, preempting the last in rank when none are left.
+
+        Returns whether any was preempted.
+        """
         position, num_before = 0, len(self.running)
         while position < len(self.running):
             sequence = self.running[position]

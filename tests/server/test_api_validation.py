@@ -9,7 +9,7 @@ import pytest
 
 from lrt_core.tokenizer import TokenizerError
 from server.api import prompts
-from server.api.schemas import MAX_CHOICES, NOT_BUILT, parse_completion
+from server.api.schemas import MAX_CHOICES, NOT_BUILT, CompletionRequest, parse_fields
 from tests.helpers import TINY_VOCAB_SIZE
 from tests.server.fakes import MAX_MODEL_LEN, NAME, FakeEngine, assert_envelope, complete
 
@@ -111,7 +111,7 @@ def test_without_a_model_the_served_one_answers() -> None:
 
 def test_missing_prompt_is_named() -> None:
     with pytest.raises(Exception, match="'prompt' is required"):
-        parse_completion({"model": "x"})
+        parse_fields(CompletionRequest, {"model": "x"})
 
 
 @pytest.mark.parametrize("field", ["stream_options.surprise", "surprise"])
