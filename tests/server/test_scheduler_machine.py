@@ -140,8 +140,9 @@ class Load:
         return self.config.prefix_caching and (self.latents_are_hidden or not needs_hidden)
 
     def check_windows(self, before: Before, windows: list[ScheduledWindow]) -> None:
-        """Every decoding sequence has its row; then come windows, by rank, until the budget is spent; then newcomers. Prompts that
-        share rows have equal parts of them."""
+        """Every decoding sequence has its row; then come windows, by rank, until the budget is spent; then newcomers.
+
+        Prompts that share rows have equal parts of them."""
         running = self.scheduler.running
         decoding, reading = self.parted(before)
         budget, num_rows = self.config.max_num_batched_tokens - len(decoding), self.config.num_prompt_rows
