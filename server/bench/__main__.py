@@ -44,7 +44,7 @@ def _measure(args: argparse.Namespace, report: Report) -> None:
     """Raises BenchError for everything that its user can do something about."""
     # Imported here, after the flags are known to be right: they bring torch, which takes seconds.
     from lrt_core.checkpoint import BUNDLED, CheckpointError, load_config
-    from server.bench import checkpoint, growth, kernels, offline, prefill, serve, shapes
+    from server.bench import checkpoint, growth, kernels, offline, prefill, scheduler, serve, shapes
     from server.bench.limits import measure_limits
     from server.bench.model import set_threads
 
@@ -56,7 +56,14 @@ def _measure(args: argparse.Namespace, report: Report) -> None:
         print(limits.row(), flush=True)
         if args.mode in ("offline", "prefill", "growth"):
             set_threads(args, shapes.D12 if args.model == shapes.D12_NAME else load_config(args.model or BUNDLED))
-        modes = {"offline": offline, "prefill": prefill, "serve": serve, "kernels": kernels, "growth": growth}
+        modes = {
+            "offline": offline,
+            "prefill": prefill,
+            "serve": serve,
+            "kernels": kernels,
+            "growth": growth,
+            "scheduler": scheduler,
+        }
         modes[args.mode].run(args, report, limits)
     except CheckpointError as error:
         raise BenchError(str(error)) from None

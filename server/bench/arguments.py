@@ -129,6 +129,15 @@ def _growth(parser: argparse.ArgumentParser) -> None:
     _common(parser)
 
 
+def _scheduler(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--sequences", type=_at_least(1), nargs="+", default=[1, 8, 32, 128], metavar="N")
+    add("--context", type=_at_least(8), default=512, help="tokens of each at first (default %(default)s)")
+    add("--new-tokens", type=_at_least(2), default=64, help="until another takes its place (default %(default)s)")
+    add("--steps", type=_at_least(1), default=200, help="of one repetition (default %(default)s)")
+    _common(parser, repetitions=5)
+
+
 def _checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", choices=(D12_NAME,), help="the bench model")
     parser.add_argument("directory", type=Path, metavar="DIR", help="what to write")
@@ -142,6 +151,7 @@ _MODES: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "serve": (_serve, "a server under HTTP load, beside the engine alone or another server"),
     "kernels": (_kernels, "each native kernel against its torch twin and the machine's limits"),
     "growth": (_growth, "a step's time against batch and context, a prompt's against its length"),
+    "scheduler": (_scheduler, "what the engine does in a step besides computing"),
     "checkpoint": (_checkpoint, "write the bench model as a checkpoint that lrt-server serves"),
 }
 

@@ -40,12 +40,19 @@ def build(windows: Sequence[ScheduledWindow], pool: PagedPool, block_size: int, 
     memory_rows: list[int] = []
     offsets = [0]
     for window in ordered:
-        sequence, end = window.sequence, window.start + window.num_tokens
-        tokens += sequence.token_ids[window.start : end]
-        positions += range(window.start, end)
-        own = slots_of(sequence.block_table, window.start, end, block_size)
-        slots += own
-        memory_rows += _memory_rows(window, own, pool.zero_row, block_size)
+        sequence, start = window.sequence, window.start
+        if window.num_tokens == 1:  # most windows are, so they are not made of lists
+            tokens.append(sequence.token_ids[start])
+            positions.append(start)
+            slots.append(_slot(sequence.block_table, start, block_size))
+            memory_rows.append(_slot(sequence.block_table, start - 1, block_size) if start else pool.zero_row)
+        else:
+            end = start + window.num_tokens
+            tokens += sequence.token_ids[start:end]
+            positions += range(start, end)
+            own = slots_of(sequence.block_table, start, end, block_size)
+            slots += own
+            memory_rows += _memory_rows(window, own, pool.zero_row, block_size)
         offsets.append(len(tokens))
     device = pool.keys.device
     flat = torch.tensor([tokens, positions, slots, memory_rows], device=device)
@@ -96,13 +103,17 @@ def _native_settled_part(batch: Batch, kv: NativeKV, num_settled: Sequence[int])
 
 def slots_of(block_table: list[int], start: int, end: int, block_size: int) -> list[int]:
     """Pool slots of positions start..end - 1."""
-    return [block_table[p // block_size] * block_size + p % block_size for p in range(start, end)]
+    return [_slot(block_table, position, block_size) for position in range(start, end)]
+
+
+def _slot(block_table: list[int], position: int, block_size: int) -> int:
+    return block_table[position // block_size] * block_size + position % block_size
 
 
 def _memory_rows(window: ScheduledWindow, slots: list[int], zero_row: int, block_size: int) -> list[int]:
     """Latent row of each position's predecessor, where one has been computed since the sequence was placed."""
     sequence, start = window.sequence, window.start
-    before = slots_of(sequence.block_table, start - 1, start, block_size) if start else [zero_row]
+    before = [_slot(sequence.block_table, start - 1, block_size) if start else zero_row]
     rows = before + slots[:-1]
     num_known = sequence.num_touched_tokens - start + 1
     return rows if num_known >= len(rows) else rows[: max(num_known, 1)] + [zero_row] * (len(rows) - max(num_known, 1))

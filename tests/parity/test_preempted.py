@@ -9,6 +9,7 @@ import torch
 
 from lrt_core.generate import read
 from server.engine.request import GenerationRequest
+from server.engine.sequence import Status
 from tests.engines import make_engine, oracle, request, run
 from tests.helpers import VARIANTS, random_ids, tiny_config, tiny_model
 
@@ -48,6 +49,32 @@ def test_tokens_and_logprobs_are_those_of_each_alone(variant: str, prefill: str)
         assert [entry.token_id for entry in outcome.prompt_logprobs] == list(item.prompt_ids)
         actual = [entry.logprob for entry in (*outcome.prompt_logprobs[1:], *outcome.tokens)]
         assert actual == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("prefill", ["window", "sequential"])
+def test_a_pool_of_barely_more_than_the_longest_finishes_everyone_in_order_of_rank(prefill: str) -> None:
+    """50 requests that come to up to 60 tokens, on 16 blocks of 4: one long one at a time, or a few short ones."""
+    model = tiny_model()
+    engine = make_engine(model, prefill=prefill, max_model_len=60, num_blocks=16)
+    rng = random.Random(2)
+    requests = []
+    for number in range(50):
+        prompt_len = rng.choice([1, 5, 20, 40, 59])
+        max_tokens = min(60 - prompt_len, rng.choice([1, 10, 40]))
+        requests.append(request(random_ids(prompt_len, seed=number), max_tokens, priority=rng.randint(0, 2)))
+    sequences = [sequence for item in requests for sequence in engine.add(item)]
+    by_rank, started, num_preemptions = sorted(sequences, key=lambda sequence: sequence.rank), [], 0
+    while engine.has_work():
+        waiting = [sequence for sequence in by_rank if not sequence.finished]
+        output = engine.step()
+        started += output.started
+        num_preemptions += output.stats.num_preemptions
+        assert waiting[0].finished or waiting[0].status is Status.RUNNING, "the first in rank waits"
+    assert started == by_rank, "somebody was served before one of better rank"
+    assert num_preemptions > 0
+    for item, sequence in zip(requests, sequences, strict=True):
+        assert sequence.output_ids == oracle(model, item)
+    assert engine.blocks.num_free_blocks == engine.config.num_blocks
 
 
 def test_a_prompt_preempted_half_read_is_scored_once() -> None:

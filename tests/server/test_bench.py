@@ -18,7 +18,7 @@ from lrt_core.checkpoint import load_config, load_model, load_tokenizer
 from lrt_core.config import ModelConfig, RecurrenceConfig
 from lrt_core.model import LatentRecurrentTransformer
 from server.bench import kernels as bench_kernels
-from server.bench import limits, offline, plots, shapes
+from server.bench import limits, offline, plots, scheduler, shapes
 from server.bench.__main__ import main
 from server.bench.checkpoint import bench_tokenizer
 from server.bench.cost import cost_of
@@ -355,3 +355,20 @@ def test_a_report_keeps_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixtu
     report.write(tmp_path / "r.json", interrupted=False)
     assert json.loads((tmp_path / "r.json").read_text())["notes"] == ["a word"]
     assert capsys.readouterr().out.startswith("a word\nf ")
+
+
+def test_scheduler_at_two_loads(tmp_path: Path) -> None:
+    data = run(tmp_path, "scheduler", "--sequences", "1", "6", "--context", "40", "--new-tokens", "5", "--steps", "7")
+    assert names(data) == ["1 sequences at context 40", "6 sequences at context 40"]
+    for figure in data["figures"]:
+        assert set(figure["parts_ms"]) == set(scheduler.PARTS)
+        assert 0 < max(figure["parts_ms"].values()) < 2 * figure["median"]
+
+
+def test_the_schedulers_load_stays_and_renews_itself() -> None:
+    bench = scheduler.Bench(num_sequences=6, context=40, new_tokens=5)
+    for _ in range(30):
+        bench.step()
+        bench.scheduler.check_invariants()
+        assert len(bench.scheduler.running) + len(bench.scheduler.waiting) == 6
+    assert bench.numbers > 12, "sequences end and others come"
