@@ -64,17 +64,16 @@ def can_run(model: LatentRecurrentTransformer) -> bool:
 class NativeModel:
     """Weights packed for native code, taken from `model`, which may be dropped afterwards. max_len bounds positions.
 
-    quantize: layers and head in int8 with a scale per output; memory projections too if quantize_memory.
+    quantize: all products in int8 with a scale per output. Memory projections are among them: without them int8 gains
+    less than 1.4 times at one client, and with them no bits per byte are lost.
     """
 
-    def __init__(
-        self, model: LatentRecurrentTransformer, max_len: int, quantize: bool = False, quantize_memory: bool = False
-    ) -> None:
+    def __init__(self, model: LatentRecurrentTransformer, max_len: int, quantize: bool = False) -> None:
         assert can_run(model)
         self.config: ModelConfig = model.config
         self.dtype, self.device = model.dtype, model.device
         self._library = kernels.library()
-        self._quantize, self._quantize_memory = quantize, quantize_memory
+        self._quantize = quantize
         self._kept: list[Tensor] = []
         self._matrices: list[PackedMatrix] = []
         self._layers = (LayerStruct * self.config.num_layers)(*self._pack_layers(model))
@@ -200,10 +199,10 @@ class NativeModel:
         projection = model.memory_projection
         assert isinstance(projection, MemoryProjection)
         weight = torch.cat([_weight(projection.key[pair]), _weight(projection.value[pair])])
-        return self._pack(weight, self._quantize_memory)
+        return self._pack(weight)
 
-    def _pack(self, weight: Tensor, quantize: bool | None = None) -> MatrixStruct:
-        matrix = PackedMatrix(weight.detach(), self._quantize if quantize is None else quantize)
+    def _pack(self, weight: Tensor) -> MatrixStruct:
+        matrix = PackedMatrix(weight.detach(), self._quantize)
         self._matrices.append(matrix)
         return matrix.struct
 

@@ -62,8 +62,9 @@ def _common(parser: argparse.ArgumentParser, repetitions: int = 3) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as the server would choose")
 
 
-def _model(parser: argparse.ArgumentParser, several: bool = True) -> None:
-    parser.add_argument("--quantize", choices=("none", "int8"), default="none", help="weights in 8 bits")
+def _model(parser: argparse.ArgumentParser, several: bool = True, both: bool = False) -> None:
+    forms, about = (["both"], "; both: without and with, in turns") if both else ([], "")
+    parser.add_argument("--quantize", choices=["none", "int8", *forms], default="none", help=f"weights in 8 bits{about}")
     parser.add_argument("--model", type=_model_name, help="d12 or a checkpoint (default: the bundled one)")
     nargs, default = ("+", "all") if several else (1, "layerwise")
     parser.add_argument("--variant", choices=VARIANTS, nargs=nargs, help=f"of d12's recurrence (default: {default})")
@@ -76,7 +77,7 @@ def _sizes(parser: argparse.ArgumentParser, prompt_len: int, new_tokens: int | N
 
 
 def _offline(parser: argparse.ArgumentParser) -> None:
-    _model(parser)
+    _model(parser, both=True)
     parser.add_argument("--clients", type=_at_least(1), nargs="+", default=[1, 4, 16], metavar="N")
     _sizes(parser, 32, 128)
     _common(parser)

@@ -33,13 +33,14 @@ MAX_LEN = 16384
 @dataclass(frozen=True)
 class Subject:
     """A model as it serves and as the oracle reads with it, what its step must read and compute, and how much its passes
-    contract (None: not measured)."""
+    contract (None: not measured). quantize: the form of its weights."""
 
     label: str
     model: ServingModel
     plain: LatentRecurrentTransformer
     cost: Cost
     contraction: float | None = None
+    quantize: str = "none"
 
     @property
     def is_recurrent(self) -> bool:
@@ -52,22 +53,25 @@ def subjects(args: Namespace, shape: ModelConfig | None = None) -> Iterator[Subj
     the bench model, d12's without it."""
     if args.model != shapes.D12_NAME:
         model = load_model(args.model or BUNDLED, dtype=resolve_dtype(args, load_config(args.model or BUNDLED)))
-        yield _subject(Path(args.model or BUNDLED).resolve().name, model, quantize=args.quantize)
+        yield from _forms(Path(args.model or BUNDLED).resolve().name, model, None, args.quantize)
         return
     shape = shape or shapes.D12
     for variant in args.variant:
         model, factor = bench_model(variant, resolve_dtype(args, shape), shape)
-        yield _subject(f"{args.model} {variant}", model, factor, args.quantize)
+        yield from _forms(f"{args.model} {variant}", model, factor, args.quantize)
 
 
-def _subject(
-    label: str, model: LatentRecurrentTransformer, contraction: float | None = None, quantize: str = "none"
-) -> Subject:
+def _forms(label: str, model: LatentRecurrentTransformer, contraction: float | None, quantize: str) -> Iterator[Subject]:
+    for form in ("none", "int8") if quantize == "both" else (quantize,):
+        yield _subject(label, model, contraction, form)
+
+
+def _subject(label: str, model: LatentRecurrentTransformer, contraction: float | None, quantize: str) -> Subject:
     cost, served = cost_of(model), serving_model(model, MAX_LEN, quantize == "int8")
     if isinstance(served, NativeModel) and quantize != "none":
         cost = replace(cost, weight_bytes=served.step_bytes)
     label += "" if quantize == "none" else f" {quantize}"
-    return Subject(label, served, model, cost, contraction)
+    return Subject(label, served, model, cost, contraction, quantize)
 
 
 def resolve_dtype(args: Namespace, config: ModelConfig) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from server.bench.checkpoint import contraction_line
@@ -30,7 +30,7 @@ def run(args: Namespace, report: Report, limits: Limits) -> None:
         samples = interleave(works, args.repetitions, f"{clients} clients")
         for subject, own in zip(models, samples, strict=True):
             report.add(_figure(subject, clients, own, limits))
-        for figure in recurrence_costs(models, samples, clients):
+        for figure in (*recurrence_costs(models, samples, clients), *quantization_gains(models, samples, clients)):
             report.add(figure)
 
 
@@ -52,14 +52,21 @@ def _figure(subject: Subject, clients: int, samples: Sequence[float], limits: Li
 
 def recurrence_costs(models: Sequence[Subject], samples: Sequence[Sequence[float]], clients: int) -> list[Figure]:
     """By how many percent a token takes longer than in the same backbone without recurrence, repetition by repetition."""
-    by_label: Mapping[str, Sequence[float]] = {model.label: own for model, own in zip(models, samples, strict=True)}
-    plain = next((by_label[model.label] for model in models if not model.is_recurrent), None)
-    if plain is None:
-        return []
+    plain = {model.quantize: own for model, own in zip(models, samples, strict=True) if not model.is_recurrent}
     figures = []
-    for model in models:
-        if model.is_recurrent:
-            costs = [100 * (ratio - 1) for ratio in ratios(plain, by_label[model.label])]
+    for model, own in zip(models, samples, strict=True):
+        if model.is_recurrent and model.quantize in plain:
+            costs = [100 * (ratio - 1) for ratio in ratios(plain[model.quantize], own)]
             name = f"{model.label}: recurrence costs, {clients} client(s)"
             figures.append(Figure(name, "%", costs, {"clients": clients}, "of a token's time without it"))
     return figures
+
+
+def quantization_gains(models: Sequence[Subject], samples: Sequence[Sequence[float]], clients: int) -> list[Figure]:
+    """How many times as fast each model is in 8 bits, where both forms were measured."""
+    full = {id(model.plain): own for model, own in zip(models, samples, strict=True) if model.quantize == "none"}
+    return [
+        Figure(f"{model.label} over full weights, {clients} client(s)", "x", ratios(own, full[id(model.plain)]))
+        for model, own in zip(models, samples, strict=True)
+        if model.quantize != "none" and id(model.plain) in full
+    ]

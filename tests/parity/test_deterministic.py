@@ -3,27 +3,31 @@ traffic, after hits, forks and preemption, in both types and in int8."""
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lrt_core import kernels
+from lrt_core.generate import read
+from lrt_core.kernels.plan import quantize_rows
 from lrt_core.model import LatentRecurrentTransformer
 from server.engine.engine import Engine
 from server.engine.loader import LoadError, LoadOptions, load_engine, serving_model
 from server.engine.model_runner import ModelRunner
 from server.engine.request import GenerationRequest
-from tests.engines import Outcome, engine_config, request, run
+from tests.engines import Outcome, engine_config, oracle, request, run
 from tests.helpers import VARIANTS, contracting_model, random_ids
 
 needs_native = pytest.mark.skipif(not kernels.is_native(), reason="the package's build found no C++ compiler")
 KINDS = ["float32", "bfloat16", "int8"]
 
 
-def make(model: LatentRecurrentTransformer, kind: str, **overrides: int) -> Engine:
-    config = engine_config(prefill="sequential", **overrides)
+def make(model: LatentRecurrentTransformer, kind: str, **overrides: Any) -> Engine:
+    config = engine_config(**{"prefill": "sequential", **overrides})
     served = serving_model(model, config.max_model_len, quantize=kind == "int8")
     return Engine(ModelRunner(served, config), (), check_invariants=True, seed=0)
 
@@ -81,14 +85,28 @@ def test_the_loader_reads_sequentially_and_refuses_what_torch_cannot_promise(che
         load_engine(options)
 
 
+def rounded(model: LatentRecurrentTransformer) -> LatentRecurrentTransformer:
+    """The model with every product's weights rounded to 8 bits with a scale per output, in float32."""
+    twin = copy.deepcopy(model)
+    for name, weight in twin.named_parameters():
+        if weight.ndim == 2 and "embedding" not in name:
+            numbers, scales = quantize_rows(weight.detach())
+            weight.data = numbers.float() * scales.unsqueeze(1)
+    return twin
+
+
 @needs_native
+@pytest.mark.parametrize("prefill", ["window", "sequential"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_int8_stays_near(variant: str) -> None:
-    """Per-output scales leave tiny models' greedy logprobs within a few hundredths of float32's."""
+def test_int8_is_the_oracle_on_rounded_weights(variant: str, prefill: str) -> None:
     model = contracting_model(variant)
-    item = request(random_ids(30), 0, prompt_logprobs=0)
-    exact, rounded = (run(make(model, kind), [item]).outcomes[0][0].prompt_logprobs or [] for kind in ("float32", "int8"))
-    pairs = [
-        (a.logprob, b.logprob) for a, b in zip(exact, rounded, strict=True) if a.logprob is not None and b.logprob is not None
-    ]
-    assert len(pairs) == 29 and 0 < max(abs(a - b) for a, b in pairs) < 0.3
+    item = request(random_ids(30), 12, prompt_logprobs=0, logprobs=0)
+    [[outcome]] = run(make(model, "int8", prefill=prefill), [item]).outcomes
+    ids = [*item.prompt_ids, *outcome.token_ids]
+    twin = rounded(model)
+    assert outcome.token_ids == oracle(twin, item)
+    exact = torch.log_softmax(read(twin, ids).logits, -1)
+    expected = [float(exact[position, token]) for position, token in enumerate(ids[1:])]
+    assert [logprob for _, logprob in entries(outcome)[1:]] == pytest.approx(expected, abs=1e-4)
+    full = torch.log_softmax(read(model, ids).logits, -1)
+    assert 0 < max(abs(float(full[p, token]) - expected[p]) for p, token in enumerate(ids[1:])) < 0.3, "near, not the same"

@@ -84,6 +84,22 @@ def test_offline_on_the_bench_model_tells_what_recurrence_costs(tmp_path: Path) 
     assert sum("shrinks the error" in note for note in data["notes"]) == 2
 
 
+@pytest.mark.skipif(not kernels.is_native(), reason="the package's build found no C++ compiler")
+def test_offline_compares_both_forms_of_the_weights(tmp_path: Path) -> None:
+    shape = ["--variant", "layerwise", "plain", "--clients", "2", "--new-tokens", "3", "--prompt-len", "4"]
+    data = run(tmp_path, "offline", "--model", "d12", "--quantize", "both", *shape)
+    assert names(data) == [
+        *(f"{label}: decode, 2 client(s)" for label in ("d12 layerwise", "d12 layerwise int8", "d12 plain", "d12 plain int8")),
+        *(f"d12 layerwise{form}: recurrence costs, 2 client(s)" for form in ("", " int8")),
+        *(f"d12 {variant} int8 over full weights, 2 client(s)" for variant in ("layerwise", "plain")),
+    ]
+    full, quantized, plain, plain_quantized, _, cost, gain, _ = data["figures"]
+    assert gain["samples"] == pytest.approx(ratios(quantized["samples"], full["samples"]))
+    expected = [100 * (ratio - 1) for ratio in ratios(plain_quantized["samples"], quantized["samples"])]
+    assert cost["samples"] == pytest.approx(expected)
+    assert quantized["weight_bytes_per_step"] < full["weight_bytes_per_step"] and plain["unit"] == "tok/s"
+
+
 def test_prefill_reads_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = run(tmp_path, "prefill", "--model", "d12", "--variant", "layerwise", "plain", "--prompt-len", "40")
     assert names(data) == [
