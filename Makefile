@@ -54,17 +54,18 @@ setup: $(DEVELOPMENT) ## make .venv with everything for development
 serve: $(RUNTIME) ## serve a checkpoint on http://127.0.0.1:8000
 	@exec $(BIN)/lrt-server $(CHECKPOINT) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
-# One thread a process: busy OpenMP pools that share few cores spin against each other.
+# A process for every core and one thread in each: busy OpenMP pools that share few cores spin against each other.
 test check: export OMP_NUM_THREADS = 1
+PYTEST = $(BIN)/python -m pytest -n auto
 
 test: $(DEVELOPMENT) ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 check: $(DEVELOPMENT) ## what CI runs: ruff, mypy --strict, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 proofs: $(DEVELOPMENT) ## check the claims about state, batches and memory at full scale (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.proofs $(ARGS)
