@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
@@ -84,7 +84,13 @@ def _without_nulls(value: object) -> object:
     return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
-Prompts = Annotated[tuple[str, ...] | tuple[tuple[int, ...], ...], PlainValidator(_parse_prompt)]
+Id = Annotated[int, Field(ge=0)]
+PromptInput = str | Annotated[list[str] | list[Id] | list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1)]
+StopInput = Annotated[str, Field(min_length=1)] | Annotated[
+    list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)
+]
+"""What the documents say of a field that a function checks."""
+Prompts = Annotated[tuple[str, ...] | tuple[tuple[int, ...], ...], PlainValidator(_parse_prompt, PromptInput)]
 Text = Annotated[str, AfterValidator(_valid_text)]
 
 
@@ -95,17 +101,28 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class GenerationFields(BaseModel):
-    """What every generating route takes; defaults are OpenAI's. Without `model` the one served answers."""
+class RequestFields(BaseModel):
+    """What every route with a body takes. Without `model` the one served answers."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+    not_built: ClassVar[frozenset[str]] = NOT_BUILT
+    """Parameters that others' servers have here and that are refused, whether or not unknown ones are tolerated."""
     model: Text | None = None
+
+    def conflicts(self) -> list[tuple[str, str]]:
+        """Fields that are valid alone but not together: (field, message)."""
+        return []
+
+
+class GenerationFields(RequestFields):
+    """What every generating route takes; defaults are OpenAI's."""
+
     max_tokens: Annotated[int, Field(ge=0)] = 16
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1)] = 0
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
-    stop: Annotated[tuple[str, ...], PlainValidator(_parse_stop)] = ()
+    stop: Annotated[tuple[str, ...], PlainValidator(_parse_stop, StopInput)] = ()
     ignore_eos: bool = False
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     return_token_ids: bool = False
@@ -126,7 +143,7 @@ class GenerationFields(BaseModel):
         return StoppingParams(min(self.max_tokens, room), self.ignore_eos, self.stop)
 
     def conflicts(self) -> list[tuple[str, str]]:
-        """Fields that are valid alone but not together: (field, message)."""
+        """See the base class."""
         if self.stream_options is not None and not self.stream:
             return [("stream_options", "is allowed only with stream")]
         return []
@@ -149,7 +166,7 @@ class CompletionRequest(GenerationFields):
         return problems
 
 
-FieldsT = TypeVar("FieldsT", bound=GenerationFields)
+FieldsT = TypeVar("FieldsT", bound=RequestFields)
 
 
 def parse_fields(kind: type[FieldsT], data: Mapping[str, Any], lenient: bool = False) -> tuple[FieldsT, list[str]]:
@@ -168,16 +185,16 @@ def parse_fields(kind: type[FieldsT], data: Mapping[str, Any], lenient: bool = F
 
 
 def _foreign_fields(
-    kind: type[GenerationFields], data: Mapping[str, Any], lenient: bool
+    kind: type[RequestFields], data: Mapping[str, Any], lenient: bool
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """Names that are set but not ours: those to drop, and problems (field, message) for those to refuse."""
     names = [key for key, value in data.items() if value is not None and key not in kind.model_fields]
     options = data.get("stream_options")
-    if isinstance(options, dict):
+    if isinstance(options, dict) and "stream_options" in kind.model_fields:
         known = StreamOptions.model_fields
         names += [f"stream_options.{key}" for key, value in options.items() if value is not None and key not in known]
-    problems = [(name, "is not supported by this server") for name in names if name in NOT_BUILT]
-    unknown = [name for name in names if name not in NOT_BUILT]
+    problems = [(name, "is not supported by this server") for name in names if name in kind.not_built]
+    unknown = [name for name in names if name not in kind.not_built]
     if lenient:
         return unknown, problems
     return [], problems + [(name[:100], "is not a known field") for name in unknown]
@@ -190,6 +207,8 @@ def _problems(error: ValidationError) -> list[tuple[str, str]]:
         message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if item["type"] == "missing":
             problems.append((name, "is required"))
+        elif item["type"] == "extra_forbidden":
+            problems.append((name, "is not supported by this server"))
         else:
             problems.append((name, f"{message}, got {_INPUT.repr(item['input'])}"))
     return problems
