@@ -38,7 +38,8 @@ _INPUT = reprlib.Repr()
 _INPUT.maxstring = _INPUT.maxother = _INPUT.maxlong = 60
 
 
-def _valid_text(text: str) -> str:
+def valid_text(text: str) -> str:
+    """The text; ValueError if it cannot be encoded."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -53,7 +54,7 @@ def _is_ids(value: object) -> bool:
 def _parse_prompt(value: object) -> tuple[str, ...] | tuple[tuple[int, ...], ...]:
     """One or several prompts, all texts or all lists of ids. Raises ValueError."""
     if isinstance(value, str):
-        return (_valid_text(value),)
+        return (valid_text(value),)
     if not isinstance(value, list):
         raise ValueError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
     if not value:
@@ -61,7 +62,7 @@ def _parse_prompt(value: object) -> tuple[str, ...] | tuple[tuple[int, ...], ...
     if _is_ids(value):
         return (tuple(value),)
     if all(isinstance(item, str) for item in value):
-        return tuple(map(_valid_text, value))
+        return tuple(map(valid_text, value))
     if any(item == [] for item in value):
         raise ValueError("contains an empty list of token ids")
     if not all(map(_is_ids, value)):
@@ -77,21 +78,22 @@ def _parse_stop(value: object) -> tuple[str, ...]:
         raise ValueError("must not contain an empty string")
     if len(stop) > MAX_STOPS:
         raise ValueError(f"must not hold more than {MAX_STOPS} strings")
-    return tuple(map(_valid_text, stop))
+    return tuple(map(valid_text, stop))
 
 
-def _without_nulls(value: object) -> object:
+def without_nulls(value: object) -> object:
+    """An object without what is null, which counts as absent."""
     return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 Id = Annotated[int, Field(ge=0)]
 PromptInput = str | Annotated[list[str] | list[Id] | list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1)]
-StopInput = Annotated[str, Field(min_length=1)] | Annotated[
-    list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)
-]
+StopInput = (
+    Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)]
+)
 """What the documents say of a field that a function checks."""
 Prompts = Annotated[tuple[str, ...] | tuple[tuple[int, ...], ...], PlainValidator(_parse_prompt, PromptInput)]
-Text = Annotated[str, AfterValidator(_valid_text)]
+Text = Annotated[str, AfterValidator(valid_text)]
 
 
 class StreamOptions(BaseModel):
@@ -127,7 +129,7 @@ class GenerationFields(RequestFields):
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     return_token_ids: bool = False
     stream: bool = False
-    stream_options: Annotated[StreamOptions, BeforeValidator(_without_nulls)] | None = None
+    stream_options: Annotated[StreamOptions, BeforeValidator(without_nulls)] | None = None
 
     @property
     def include_usage(self) -> bool:
