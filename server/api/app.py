@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from server.api.chat import add_chat
 from server.api.completions import add_completions
 from server.api.errors import install_error_handlers
+from server.api.openapi import add_documents
 from server.api.routes import add_models, add_observability, add_probes
 from server.api.service import Service
 from server.api.tokenization import add_tokenization
@@ -40,6 +41,7 @@ def create_app(service: Service) -> FastAPI:
     add_models(app, service)
     add_probes(app, service)
     add_observability(app, service)
+    add_documents(app, service)
     return app
 
 

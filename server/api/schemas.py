@@ -86,12 +86,11 @@ def without_nulls(value: object) -> object:
     return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
-Id = Annotated[int, Field(ge=0)]
-PromptInput = str | Annotated[list[str] | list[Id] | list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1)]
-StopInput = (
-    Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)]
-)
-"""What the documents say of a field that a function checks."""
+SomeText = Annotated[str, Field(min_length=1)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+PromptInput = SomeText | Annotated[list[SomeText], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)]
+StopInput = SomeText | Annotated[list[SomeText], Field(max_length=MAX_STOPS)]
+"""What the documents say of fields that a function checks."""
 Prompts = Annotated[tuple[str, ...] | tuple[tuple[int, ...], ...], PlainValidator(_parse_prompt, PromptInput)]
 Text = Annotated[str, AfterValidator(valid_text)]
 
