@@ -108,6 +108,10 @@ class ChoiceWriter:
                 chunk["prompt_token_ids"] = list(self._prompt_ids)
         return chunk
 
+    def chunks(self, delta: Delta) -> list[Chunk]:
+        """What a stream tells of `delta`."""
+        return [self.write(delta)]
+
     def _write_logprobs(self, delta: Delta, is_first: bool) -> dict[str, list[Any]]:
         writer = _LogprobsWriter(self._tokenizer)
         is_unread = delta.prompt_logprobs is None and delta.finish_reason == "abort"

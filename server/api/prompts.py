@@ -33,11 +33,13 @@ class PromptReader:
     max_model_len: int
     longest_token: int
     """Bytes of the longest token that text can hold; bounds the length of a text before it is encoded."""
+    param: str = "prompt"
+    """The field that errors name."""
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, max_model_len: int) -> PromptReader:
+    def of(cls, tokenizer: Tokenizer, max_model_len: int, param: str = "prompt") -> PromptReader:
         """A reader for this tokenizer."""
-        return cls(tokenizer, max_model_len, max(1, *tokenizer.byte_lengths()))
+        return cls(tokenizer, max_model_len, max(1, *tokenizer.byte_lengths()), param)
 
     async def read(self, prompts: Sequence[str | tuple[int, ...]], max_tokens: int) -> list[Prompt]:
         """Checked ids of every prompt; room for one token is needed unless max_tokens is 0. Raises ApiError (400)."""
@@ -50,7 +52,7 @@ class PromptReader:
 
     def _read_one(self, given: str | tuple[int, ...], max_tokens: int) -> Prompt:
         prompt = self._encode(given) if isinstance(given, str) else Prompt(given)
-        self._check_length(prompt, max_tokens)
+        self.check_length(len(prompt.ids), max_tokens)
         self._check_ids(prompt)
         return prompt
 
@@ -59,9 +61,7 @@ class PromptReader:
             raise bad_request(
                 "'prompt' is empty; to start from nothing, give the document-start token as an id", param="prompt"
             )
-        at_least = -(-len(text.encode("utf-8")) // self.longest_token)
-        if at_least > self.max_model_len:
-            raise self._too_long(f"at least {at_least}")
+        self.check_size(len(text.encode("utf-8")))
         try:
             ids = self.tokenizer.encode(text)
         except TokenizerError as error:
@@ -74,14 +74,20 @@ class PromptReader:
         if wrong is not None:
             raise bad_request(f"'prompt' holds the token id {str(wrong)[:40]}; ids go from 0 to {limit - 1}", param="prompt")
 
-    def _check_length(self, prompt: Prompt, max_tokens: int) -> None:
-        length = len(prompt.ids)
-        if length > self.max_model_len or (max_tokens > 0 and length == self.max_model_len):
-            raise self._too_long(str(length))
+    def check_size(self, num_bytes: int) -> None:
+        """Raise ApiError (400) for a text of so many bytes that its tokens cannot fit."""
+        at_least = -(-num_bytes // self.longest_token)
+        if at_least > self.max_model_len:
+            raise self._too_long(f"at least {at_least}")
+
+    def check_length(self, num_tokens: int, max_tokens: int) -> None:
+        """Raise ApiError (400) unless a prompt of so many tokens leaves room for one more, or for none if max_tokens is 0."""
+        if num_tokens > self.max_model_len or (max_tokens > 0 and num_tokens == self.max_model_len):
+            raise self._too_long(str(num_tokens))
 
     def _too_long(self, length: str) -> ApiError:
         message = (
             f"This model's maximum context length is {self.max_model_len} tokens, prompt and completion together. However, "
             f"your prompt has {length} tokens. Please shorten it."
         )
-        return bad_request(message, param="prompt", code="context_length_exceeded")
+        return bad_request(message, param=self.param, code="context_length_exceeded")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
@@ -38,7 +38,8 @@ _INPUT = reprlib.Repr()
 _INPUT.maxstring = _INPUT.maxother = _INPUT.maxlong = 60
 
 
-def _valid_text(text: str) -> str:
+def valid_text(text: str) -> str:
+    """The text; ValueError if it cannot be encoded."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -53,7 +54,7 @@ def _is_ids(value: object) -> bool:
 def _parse_prompt(value: object) -> tuple[str, ...] | tuple[tuple[int, ...], ...]:
     """One or several prompts, all texts or all lists of ids. Raises ValueError."""
     if isinstance(value, str):
-        return (_valid_text(value),)
+        return (valid_text(value),)
     if not isinstance(value, list):
         raise ValueError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
     if not value:
@@ -61,7 +62,7 @@ def _parse_prompt(value: object) -> tuple[str, ...] | tuple[tuple[int, ...], ...
     if _is_ids(value):
         return (tuple(value),)
     if all(isinstance(item, str) for item in value):
-        return tuple(map(_valid_text, value))
+        return tuple(map(valid_text, value))
     if any(item == [] for item in value):
         raise ValueError("contains an empty list of token ids")
     if not all(map(_is_ids, value)):
@@ -77,15 +78,21 @@ def _parse_stop(value: object) -> tuple[str, ...]:
         raise ValueError("must not contain an empty string")
     if len(stop) > MAX_STOPS:
         raise ValueError(f"must not hold more than {MAX_STOPS} strings")
-    return tuple(map(_valid_text, stop))
+    return tuple(map(valid_text, stop))
 
 
-def _without_nulls(value: object) -> object:
+def without_nulls(value: object) -> object:
+    """An object without what is null, which counts as absent."""
     return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
-Prompts = Annotated[tuple[str, ...] | tuple[tuple[int, ...], ...], PlainValidator(_parse_prompt)]
-Text = Annotated[str, AfterValidator(_valid_text)]
+SomeText = Annotated[str, Field(min_length=1)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+PromptInput = SomeText | Annotated[list[SomeText], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)]
+StopInput = SomeText | Annotated[list[SomeText], Field(max_length=MAX_STOPS)]
+"""What the documents say of fields that a function checks."""
+Prompts = Annotated[tuple[str, ...] | tuple[tuple[int, ...], ...], PlainValidator(_parse_prompt, PromptInput)]
+Text = Annotated[str, AfterValidator(valid_text)]
 
 
 class StreamOptions(BaseModel):
@@ -95,22 +102,33 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class GenerationFields(BaseModel):
-    """What every generating route takes; defaults are OpenAI's. Without `model` the one served answers."""
+class RequestFields(BaseModel):
+    """What every route with a body takes. Without `model` the one served answers."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+    not_built: ClassVar[frozenset[str]] = NOT_BUILT
+    """Parameters that others' servers have here and that are refused, whether or not unknown ones are tolerated."""
     model: Text | None = None
+
+    def conflicts(self) -> list[tuple[str, str]]:
+        """Fields that are valid alone but not together: (field, message)."""
+        return []
+
+
+class GenerationFields(RequestFields):
+    """What every generating route takes; defaults are OpenAI's."""
+
     max_tokens: Annotated[int, Field(ge=0)] = 16
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1)] = 0
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
-    stop: Annotated[tuple[str, ...], PlainValidator(_parse_stop)] = ()
+    stop: Annotated[tuple[str, ...], PlainValidator(_parse_stop, StopInput)] = ()
     ignore_eos: bool = False
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     return_token_ids: bool = False
     stream: bool = False
-    stream_options: Annotated[StreamOptions, BeforeValidator(_without_nulls)] | None = None
+    stream_options: Annotated[StreamOptions, BeforeValidator(without_nulls)] | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -126,7 +144,7 @@ class GenerationFields(BaseModel):
         return StoppingParams(min(self.max_tokens, room), self.ignore_eos, self.stop)
 
     def conflicts(self) -> list[tuple[str, str]]:
-        """Fields that are valid alone but not together: (field, message)."""
+        """See the base class."""
         if self.stream_options is not None and not self.stream:
             return [("stream_options", "is allowed only with stream")]
         return []
@@ -149,7 +167,7 @@ class CompletionRequest(GenerationFields):
         return problems
 
 
-FieldsT = TypeVar("FieldsT", bound=GenerationFields)
+FieldsT = TypeVar("FieldsT", bound=RequestFields)
 
 
 def parse_fields(kind: type[FieldsT], data: Mapping[str, Any], lenient: bool = False) -> tuple[FieldsT, list[str]]:
@@ -168,16 +186,16 @@ def parse_fields(kind: type[FieldsT], data: Mapping[str, Any], lenient: bool = F
 
 
 def _foreign_fields(
-    kind: type[GenerationFields], data: Mapping[str, Any], lenient: bool
+    kind: type[RequestFields], data: Mapping[str, Any], lenient: bool
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """Names that are set but not ours: those to drop, and problems (field, message) for those to refuse."""
     names = [key for key, value in data.items() if value is not None and key not in kind.model_fields]
     options = data.get("stream_options")
-    if isinstance(options, dict):
+    if isinstance(options, dict) and "stream_options" in kind.model_fields:
         known = StreamOptions.model_fields
         names += [f"stream_options.{key}" for key, value in options.items() if value is not None and key not in known]
-    problems = [(name, "is not supported by this server") for name in names if name in NOT_BUILT]
-    unknown = [name for name in names if name not in NOT_BUILT]
+    problems = [(name, "is not supported by this server") for name in names if name in kind.not_built]
+    unknown = [name for name in names if name not in kind.not_built]
     if lenient:
         return unknown, problems
     return [], problems + [(name[:100], "is not a known field") for name in unknown]
@@ -190,6 +208,8 @@ def _problems(error: ValidationError) -> list[tuple[str, str]]:
         message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if item["type"] == "missing":
             problems.append((name, "is required"))
+        elif item["type"] == "extra_forbidden":
+            problems.append((name, "is not supported by this server"))
         else:
             problems.append((name, f"{message}, got {_INPUT.repr(item['input'])}"))
     return problems

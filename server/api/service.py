@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lrt_core.chat import ChatTemplate
 from server.api.errors import ApiError
 from server.engine.async_engine import AsyncEngine
 
@@ -16,7 +17,7 @@ from server.engine.async_engine import AsyncEngine
 class Service:
     """model_names: what a request's `model` may say, the first being the one reported. fingerprint: of what answers
     (weights, dtype, prefill mode). created: Unix seconds. exposition: the metrics page. max_body_size: bytes.
-    lenient: drop unknown fields with a warning header instead of refusing them."""
+    lenient: drop unknown fields with a warning header instead of refusing them. chat: None for a model without a template."""
 
     engine: AsyncEngine
     model_names: tuple[str, ...]
@@ -25,6 +26,7 @@ class Service:
     exposition: Callable[[], bytes]
     max_body_size: int
     lenient: bool = False
+    chat: ChatTemplate | None = None
 
     def check_model(self, name: str) -> None:
         """Raise ApiError (404) unless `name` is served."""

@@ -25,6 +25,7 @@ EVERY_FLAG = {
     "--prefill-window": ("9", 9),
     "--prefill-tolerance": ("1e-3", 1e-3),
     "--threads": ("2", 2),
+    "--chat-template": ("a.jinja", Path("a.jinja")),
     "--max-body-size": ("1k", 1024),
     "--shutdown-timeout": ("0.5", 0.5),
     "--metrics-prefix": ("vllm", "vllm"),
