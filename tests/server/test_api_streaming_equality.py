@@ -3,7 +3,6 @@ prompts and samples, text of many bytes, stop strings across the borders of toke
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
