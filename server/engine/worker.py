@@ -105,13 +105,14 @@ class EngineWorker:
             if self._commands.empty() and self.engine.has_work():
                 return True
             command = self._commands.get()
-            if command is None:
-                return False
-            command()
+            if command is not None:
+                command()
             if not self.engine.has_work() and self._commands.empty():
                 stats = StepStats()
                 self.engine.fill_gauges(stats)
                 self._report(StepReport([], [], stats))
+            if command is None:
+                return False
 
     def _add(self, request: GenerationRequest, first_key: int) -> None:
         for key, sequence in enumerate(self.engine.add(request), first_key):
