@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 def _require(condition: bool, message: str) -> None:
@@ -14,11 +16,12 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Applied in this order: penalties, logit_bias, allowed_token_ids, temperature, top_k, top_p, min_p.
+    """Applied in this order: penalties, logit_bias, allowed_token_ids and bad_words, temperature, top_k, top_p, min_p.
 
     temperature: 0 is greedy. top_k: 0 or -1 keeps all. seed: None draws one per request. repetition_penalty divides
     positive and multiplies negative logits of tokens seen in prompt or output; presence and frequency penalties are
-    subtracted for tokens seen in the output. Raises ValueError naming the field.
+    subtracted for tokens seen in the output. bad_words: sequences of ids that the output may not contain: a sequence's
+    last id is forbidden wherever the output ends with the ids before it. Raises ValueError naming the field.
     """
 
     temperature: float = 1.0
@@ -30,6 +33,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -43,6 +47,7 @@ class SamplingParams:
         _require(0 < self.repetition_penalty < math.inf, f"repetition_penalty must be positive, got {self.repetition_penalty}")
         _require(all(math.isfinite(bias) for bias in self.logit_bias.values()), "logit_bias must be finite")
         _require(self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids must not be empty")
+        _require(all(self.bad_words), "bad_words must not hold an empty sequence")
 
     @property
     def greedy(self) -> bool:
@@ -53,3 +58,18 @@ class SamplingParams:
     def needs_history(self) -> bool:
         """Whether tokens seen so far change the logits."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    @cached_property
+    def longest_bad_word(self) -> int:
+        """Ids of the longest of bad_words, 0 without any."""
+        return max(map(len, self.bad_words), default=0)
+
+    @cached_property
+    def allowed_array(self) -> array[int]:
+        """allowed_token_ids as 64-bit integers, made once for all steps."""
+        return array("q", self.allowed_token_ids or ())
+
+    @cached_property
+    def bias_arrays(self) -> tuple[array[int], array[float]]:
+        """logit_bias as 64-bit integers and floats, made once for all steps."""
+        return array("q", self.logit_bias.keys()), array("d", self.logit_bias.values())

@@ -15,7 +15,7 @@ from lrt_core.chat import ChatError
 from lrt_core.tokenizer import TokenizerError
 from server.api.chat_choices import ChatWriter
 from server.api.chat_schemas import ChatRequest, Message, RenderingFields, for_template
-from server.api.completions import Generation, answer, read_fields
+from server.api.completions import Generation, answer, read_fields, response_id
 from server.api.errors import bad_request
 from server.api.prompts import THREAD_CHARACTERS, Prompt, PromptReader
 from server.api.service import Service
@@ -33,7 +33,9 @@ class ChatCompletion(Generation[ChatRequest]):
             index,
             prompt.ids,
             logprobs=fields.logprobs,
+            prompt_logprobs=fields.prompt_logprobs,
             return_token_ids=fields.return_token_ids,
+            hidden_size=self._hidden_size,
         )
 
     @property
@@ -80,4 +82,5 @@ def add_chat(app: FastAPI, service: Service) -> None:
         if not ids:
             raise bad_request("'messages' render to nothing", param="messages")
         reader.check_length(len(ids), fields.max_tokens)
-        return await answer(service, request, ChatCompletion(service, fields, [Prompt(tuple(ids))]), headers)
+        id = response_id(ChatCompletion.id_prefix, fields, request.headers)
+        return await answer(service, request, ChatCompletion(service, fields, [Prompt(tuple(ids))], id), headers)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from lrt_core.chat import MAX_MESSAGES
-from server.api.schemas import INT64, MAX_LOGPROBS, NOT_BUILT, GenerationFields, RequestFields, valid_text, without_nulls
+from server.api.schemas import INT64, NOT_BUILT, GenerationFields, NumLogprobs, RequestFields, valid_text, without_nulls
 from server.engine.request import StoppingParams
 
 UNBOUNDED = INT64 - 1
@@ -22,6 +22,7 @@ CHAT_NOT_BUILT = frozenset(
         *("reasoning_effort", "verbosity", "web_search_options", "store", "metadata", "service_tier"),
         *("prompt_cache_key", "safety_identifier"),
         *("chat_template", "chat_template_kwargs", "documents", "mm_processor_kwargs", "echo"),
+        *("best_of", "add_special_tokens", "allow_special", "truncate_prompt_tokens"),
     }
 )
 """Parameters of chats elsewhere that this server refuses, beside those of every route."""
@@ -104,7 +105,7 @@ class ChatRequest(RenderingFields, GenerationFields):
     max_tokens: Annotated[int, Field(ge=1, json_schema_extra=lambda schema: schema.pop("default"))] = UNBOUNDED
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: NumLogprobs | None = None
 
     def stopping_params(self, room: int) -> StoppingParams:
         """See the base class; without a bound the context's end is one."""

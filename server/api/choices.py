@@ -6,7 +6,10 @@ Neighbours: `completions.py` drives it, `server/engine/request.py` defines `Delt
 
 from __future__ import annotations
 
+import base64
 import codecs
+import sys
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -43,8 +46,8 @@ class _Offsets:
 class _LogprobsWriter:
     """Builds the columns of a logprobs object, run by run."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, num_alternatives: int) -> None:
+        self._tokenizer, self._num_alternatives = tokenizer, num_alternatives
         self.columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
     def add(self, entries: Iterable[TokenLogprob], offsets: Sequence[int]) -> None:
@@ -59,7 +62,7 @@ class _LogprobsWriter:
     def _top(self, entry: TokenLogprob, own: float) -> dict[str, float]:
         """The likeliest alternatives and the token itself; of ids with one text the larger logprob stays."""
         top: dict[str, float] = {}
-        for token_id, logprob in (*entry.top, (entry.token_id, own)):
+        for token_id, logprob in (*entry.top[: self._num_alternatives], (entry.token_id, own)):
             text = self._text(token_id)
             top[text] = max(top.get(text, LOWEST_LOGPROB), logprob)
         return top
@@ -72,7 +75,8 @@ class ChoiceWriter:
     """Writes the chunks of one choice from its sample's deltas.
 
     prompt_text: what echo puts before the completion, None without echo. prompt_ids: of the prompt, of which `hidden`
-    leading ones (a token put before a text) have no part in prompt_text.
+    leading ones (a token put before a text) have no part in prompt_text. logprobs, prompt_logprobs: alternatives to write
+    beside each token's own, None for neither. hidden_size: numbers of a latent, None where none are asked for.
     """
 
     def __init__(
@@ -83,22 +87,26 @@ class ChoiceWriter:
         *,
         prompt_text: str | None = None,
         hidden: int = 0,
-        logprobs: bool = False,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
         return_token_ids: bool = False,
+        hidden_size: int | None = None,
     ) -> None:
         self._tokenizer, self._index, self._prompt_ids = tokenizer, index, prompt_ids
         self._echo, self._hidden = prompt_text, hidden
-        self._logprobs, self._return_token_ids = logprobs, return_token_ids
+        self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
+        self._return_token_ids, self._hidden_size = return_token_ids, hidden_size
+        self._special = frozenset(tokenizer.special_tokens.values())
         self._offsets = _Offsets(len(prompt_text or ""))
         self._is_first = True
 
     def write(self, delta: Delta) -> Chunk:
-        """The chunk that says what `delta` says; the first also carries the echoed prompt."""
+        """The chunk that says what `delta` says; the first also carries what is said of the prompt, the last the latents."""
         is_first, self._is_first = self._is_first, False
         chunk: Chunk = {
             "index": self._index,
             "text": (self._echo or "") + delta.text if is_first else delta.text,
-            "logprobs": self._write_logprobs(delta, is_first) if self._logprobs else None,
+            "logprobs": self._write_logprobs(delta, is_first),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
@@ -106,16 +114,21 @@ class ChoiceWriter:
             chunk["token_ids"] = list(delta.token_ids)
             if is_first:
                 chunk["prompt_token_ids"] = list(self._prompt_ids)
+        if self._prompt_logprobs is not None and is_first:
+            chunk["prompt_logprobs"] = write_prompt_logprobs(self._tokenizer, delta, self._prompt_logprobs)
+        if self._hidden_size is not None and delta.finish_reason is not None:
+            chunk["latents"] = write_latents(delta, self._hidden_size)
         return chunk
 
     def chunks(self, delta: Delta) -> list[Chunk]:
         """What a stream tells of `delta`."""
         return [self.write(delta)]
 
-    def _write_logprobs(self, delta: Delta, is_first: bool) -> dict[str, list[Any]]:
-        writer = _LogprobsWriter(self._tokenizer)
-        is_unread = delta.prompt_logprobs is None and delta.finish_reason == "abort"
-        if is_first and self._echo is not None and not is_unread:
+    def _write_logprobs(self, delta: Delta, is_first: bool) -> dict[str, list[Any]] | None:
+        if self._logprobs is None:
+            return None
+        writer = _LogprobsWriter(self._tokenizer, self._logprobs)
+        if is_first and self._echo is not None and not _is_unread(delta):
             assert delta.prompt_logprobs is not None, "echo with logprobs asks the engine for the prompt's"
             writer.add(delta.prompt_logprobs, self._prompt_offsets())
         assert len(delta.logprobs) == len(delta.token_ids), "one logprob per generated token"
@@ -129,4 +142,43 @@ class ChoiceWriter:
 
     def _visible_bytes(self, token_id: int) -> bytes:
         """What a generated token adds to the text: special tokens add nothing."""
-        return b"" if token_id in self._tokenizer.special_tokens.values() else self._tokenizer.token_bytes(token_id)
+        return b"" if token_id in self._special else self._tokenizer.token_bytes(token_id)
+
+
+def write_prompt_logprobs(tokenizer: Tokenizer, delta: Delta, num_alternatives: int) -> list[dict[str, Any] | None] | None:
+    """For every prompt token, by token id, its own and the likeliest alternatives' logprob, rank and text; null for the first
+    token, and for the whole of a prompt that was not read to its end. `delta` is a choice's first."""
+    if _is_unread(delta):
+        return None
+    assert delta.prompt_logprobs is not None, "prompt logprobs were asked for"
+    found: list[dict[str, Any] | None] = []
+    for entry in delta.prompt_logprobs:
+        if entry.logprob is None:
+            found.append(None)
+            continue
+        ranked = [(entry.token_id, entry.logprob, entry.rank)]
+        ranked += [(id, logprob, rank) for rank, (id, logprob) in enumerate(entry.top[:num_alternatives], 1)]
+        entries: dict[str, dict[str, Any]] = {}
+        for id, logprob, rank in ranked:
+            text = tokenizer.decode([id])
+            entries.setdefault(str(id), {"logprob": max(logprob, LOWEST_LOGPROB), "rank": rank, "decoded_token": text})
+        found.append(entries)
+    return found
+
+
+def write_latents(delta: Delta, hidden_size: int) -> dict[str, Any] | None:
+    """Latents as base64 of little-endian float32 numbers, row by row, and their shape; null for a sample that was aborted."""
+    if delta.latents is None:
+        return None
+    data = delta.latents
+    if sys.byteorder == "big":
+        numbers = array("f", data)
+        numbers.byteswap()
+        data = numbers.tobytes()
+    shape = [len(data) // (4 * hidden_size), hidden_size]
+    return {"dtype": "float32", "shape": shape, "data": base64.b64encode(data).decode()}
+
+
+def _is_unread(delta: Delta) -> bool:
+    """Whether a choice's first delta is the end of one that was aborted before its prompt was read."""
+    return delta.prompt_logprobs is None and delta.finish_reason == "abort"

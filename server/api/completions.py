@@ -7,23 +7,24 @@ Neighbours: `schemas.py` and `prompts.py` check, `choices.py` writes choices, `s
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from operator import itemgetter
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from fastapi import FastAPI, Request, Response
 
 from server.api.body import read_object
 from server.api.choices import ChoiceWriter, Chunk
-from server.api.errors import from_exception, json_response
+from server.api.errors import bad_request, from_exception, json_response
 from server.api.events import DONE, KEEP_ALIVE, ChunkWriter, event
-from server.api.prompts import Prompt, PromptReader
-from server.api.schemas import CompletionRequest, GenerationFields, RequestFields, parse_fields
+from server.api.prompts import Prompt, PromptOptions, PromptReader
+from server.api.schemas import CompletionRequest, GenerationFields, RequestFields, is_request_id, parse_fields
 from server.api.service import Service
 from server.api.streaming import (
     KEEP_ALIVE_SECONDS,
@@ -36,8 +37,13 @@ from server.api.streaming import (
 from server.engine.async_engine import RequestStream
 from server.engine.request import Delta, GenerationRequest
 
+logger = logging.getLogger(__name__)
+
 FieldsT = TypeVar("FieldsT", bound=GenerationFields)
 AnyFieldsT = TypeVar("AnyFieldsT", bound=RequestFields)
+
+MAX_LATENT_BYTES = 2**26
+"""Of all latents that one request may ask for."""
 
 
 class Writer(Protocol):
@@ -58,9 +64,8 @@ class Generation(ABC, Generic[FieldsT]):
     chunk_kind: ClassVar[str]
     """The `object` of a response and of a stream's chunks."""
 
-    def __init__(self, service: Service, fields: FieldsT, prompts: Sequence[Prompt]) -> None:
-        self.fields, self.prompts = fields, prompts
-        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+    def __init__(self, service: Service, fields: FieldsT, prompts: Sequence[Prompt], id: str) -> None:
+        self.fields, self.prompts, self.id = fields, prompts, id
         self._engine = service.engine
         self.head = {
             "id": self.id,
@@ -76,28 +81,30 @@ class Generation(ABC, Generic[FieldsT]):
         self._num_cached = [0] * len(prompts)
 
     def requests(self) -> list[GenerationRequest]:
-        """What the engine is asked for: one request per prompt."""
+        """What the engine is asked for: one request per prompt. Raises ApiError."""
         return [self._request(index, prompt) for index, prompt in enumerate(self.prompts)]
-
-    def write(self, index: int, delta: Delta) -> Chunk:
-        """The choice that all of a sample's deltas, joined, of the prompt at `index` make; counts its tokens."""
-        return self._take(index, delta).write(delta)
 
     def chunks(self, index: int, delta: Delta) -> list[Chunk]:
         """The chunks that `delta` of the prompt at `index` makes; counts its tokens."""
-        return self._take(index, delta).chunks(delta)
+        self._count(index, delta)
+        return self._writers[index * self.fields.n + delta.index].chunks(delta)
 
-    def _take(self, index: int, delta: Delta) -> Writer:
-        self._num_generated += len(delta.token_ids)
-        self._num_cached[index] = max(self._num_cached[index], delta.num_cached_tokens)
-        return self._writers[index * self.fields.n + delta.index]
+    def choices(self, deltas: Sequence[tuple[int, Delta]]) -> list[Chunk]:
+        """All choices in order, from one delta for each sample, with the index of its prompt; the best where there are more
+        samples than choices, best first. Counts all tokens."""
+        by_prompt: list[list[Delta]] = [[] for _ in self.prompts]
+        for index, delta in deltas:
+            self._count(index, delta)
+            by_prompt[index].append(delta)
+        writers = iter(self._writers)
+        return [next(writers).write(delta) for samples in by_prompt for delta in _best(samples, self.fields.n)]
 
     def body(self, choices: Sequence[Chunk], **more: Any) -> dict[str, Any]:
         """The response object around `choices`."""
         return {**self.head, "choices": choices, **more}
 
     def usage(self) -> dict[str, Any]:
-        """Tokens read and generated; a prompt counts once however many samples it has."""
+        """Tokens read and generated; a prompt counts once however many samples it has, a sample also if it is not answered."""
         num_prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)
         return {
             "prompt_tokens": num_prompt_tokens,
@@ -106,29 +113,41 @@ class Generation(ABC, Generic[FieldsT]):
             "prompt_tokens_details": {"cached_tokens": sum(self._num_cached)},
         }
 
+    def _count(self, index: int, delta: Delta) -> None:
+        self._num_generated += len(delta.token_ids)
+        self._num_cached[index] = max(self._num_cached[index], delta.num_cached_tokens)
+
     @abstractmethod
     def _writer(self, index: int, prompt: Prompt) -> Writer:
         """What writes the choice at `index`."""
 
     @property
+    def _hidden_size(self) -> int | None:
+        """Numbers of a latent; None where none are asked for."""
+        return None if self.fields.latents is None else self._engine.model_config.hidden_size
+
+    @property
+    def _num_samples(self) -> int:
+        """Samples generated for each prompt."""
+        return self.fields.n
+
+    @property
     @abstractmethod
     def _num_logprobs(self) -> int | None:
-        """Alternatives to report beside each generated token's logprob; None for no logprobs."""
+        """Alternatives that the engine is to report beside each generated token's logprob; None for no logprobs."""
 
     @property
     def _num_prompt_logprobs(self) -> int | None:
         """The same of the prompt's tokens."""
-        return None
+        return self.fields.prompt_logprobs
 
     def _request(self, index: int, prompt: Prompt) -> GenerationRequest:
-        fields = self.fields
-        room = self._engine.config.max_model_len - len(prompt.ids)
-        return GenerationRequest(
-            request_id=f"{self.id}-{index}",
-            prompt_ids=prompt.ids,
-            sampling=fields.sampling_params(self._engine.tokenizer.vocab_size),
-            stopping=fields.stopping_params(room),
-            n=fields.n,
+        return self.fields.generation_request(
+            f"{self.id}-{index}",
+            prompt.ids,
+            self._engine.tokenizer,
+            self._engine.config.max_model_len,
+            num_samples=self._num_samples,
             logprobs=self._num_logprobs,
             prompt_logprobs=self._num_prompt_logprobs,
         )
@@ -140,26 +159,47 @@ class Completion(Generation[CompletionRequest]):
     id_prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
     def _writer(self, index: int, prompt: Prompt) -> ChoiceWriter:
+        fields = self.fields
         return ChoiceWriter(
             self._engine.tokenizer,
             index,
             prompt.ids,
-            prompt_text=self._shown(prompt) if self.fields.echo else None,
+            prompt_text=self._shown(prompt) if fields.echo else None,
             hidden=prompt.hidden,
-            logprobs=self.fields.logprobs is not None,
-            return_token_ids=self.fields.return_token_ids,
+            logprobs=fields.logprobs,
+            prompt_logprobs=fields.prompt_logprobs,
+            return_token_ids=fields.return_token_ids,
+            hidden_size=self._engine.model_config.hidden_size if fields.latents is not None else None,
         )
 
     def _shown(self, prompt: Prompt) -> str:
         return self._engine.tokenizer.decode(prompt.ids) if prompt.text is None else prompt.text
 
     @property
+    def _num_samples(self) -> int:
+        return self.fields.num_samples
+
+    @property
     def _num_logprobs(self) -> int | None:
-        return self.fields.logprobs
+        is_ranked = self.fields.num_samples > self.fields.n
+        return 0 if self.fields.logprobs is None and is_ranked else self.fields.logprobs
 
     @property
     def _num_prompt_logprobs(self) -> int | None:
-        return self.fields.logprobs if self.fields.echo else None
+        wanted = (self.fields.prompt_logprobs, self.fields.logprobs if self.fields.echo else None)
+        return max((count for count in wanted if count is not None), default=None)
+
+
+def _best(samples: Sequence[Delta], count: int) -> list[Delta]:
+    """The samples of one prompt in order; the `count` of highest mean logprob, falling, where there are more than that."""
+    ordered = sorted(samples, key=lambda delta: delta.index)
+    return ordered if len(ordered) <= count else sorted(ordered, key=_mean_logprob, reverse=True)[:count]
+
+
+def _mean_logprob(sample: Delta) -> float:
+    """Of the generated tokens, an end-of-sequence id included; the worst for a sample without any."""
+    logprobs = [-math.inf if entry.logprob is None else entry.logprob for entry in sample.logprobs]
+    return sum(logprobs) / len(logprobs) if logprobs else -math.inf
 
 
 def add_completions(app: FastAPI, service: Service) -> None:
@@ -170,13 +210,15 @@ def add_completions(app: FastAPI, service: Service) -> None:
     async def create_completion(request: Request) -> Response:
         """Complete one or several prompts."""
         fields, headers = await read_fields(request, CompletionRequest, service)
-        prompts = await reader.read(fields.prompt, fields.max_tokens)
-        return await answer(service, request, Completion(service, fields, prompts), headers)
+        prompts = await reader.read(fields.prompt, fields.max_tokens, PromptOptions.of(fields))
+        id = response_id(Completion.id_prefix, fields, request.headers)
+        return await answer(service, request, Completion(service, fields, prompts, id), headers)
 
 
 async def read_fields(request: Request, kind: type[AnyFieldsT], service: Service) -> tuple[AnyFieldsT, dict[str, str]]:
     """The checked body of a request, and the headers that its response has to carry. Raises ApiError."""
-    fields, dropped = parse_fields(kind, await read_object(request, service.max_body_size), service.lenient)
+    data = await read_object(request, service.max_body_size)
+    fields, dropped = parse_fields(kind, data, service.lenient, service.max_logprobs)
     if fields.model is not None:
         service.check_model(fields.model)
     return fields, _warning(dropped)
@@ -184,11 +226,42 @@ async def read_fields(request: Request, kind: type[AnyFieldsT], service: Service
 
 async def answer(service: Service, request: Request, generation: Generation[Any], headers: Mapping[str, str]) -> Response:
     """Run a call: one response or a stream. Raises ApiError, RequestError or AdmissionError before the first byte."""
-    streams = service.engine.admit_all(generation.requests())
+    check_latents(service, generation.fields)
+    requests = generation.requests()
+    check_latent_bytes(service, requests)
+    streams = service.engine.admit_all(requests)
+    logger.debug("%s: %d prompts, user %r", generation.id, len(requests), generation.fields.user)
     if generation.fields.stream:
         return EventStreamResponse(_events(generation, streams), streams, headers)
     async with aborting(streams):
         return json_response(await until_disconnect(request.receive, _collect(generation, streams)), headers=headers)
+
+
+def response_id(prefix: str, fields: GenerationFields, headers: Mapping[str, str]) -> str:
+    """What a response is called: as the client says in the body, else in a usable X-Request-Id, else as nothing else is."""
+    if fields.request_id is not None:
+        return fields.request_id
+    given = headers.get("x-request-id", "")
+    return given if is_request_id(given) else f"{prefix}-{uuid.uuid4().hex}"
+
+
+def check_latents(service: Service, fields: GenerationFields) -> None:
+    """Raise ApiError (400) where latents are asked of a model that has none."""
+    if fields.latents is not None and service.engine.model_config.recurrence is None:
+        raise bad_request("'latents' is not supported: this checkpoint is a plain transformer without latents", param="latents")
+
+
+def check_latent_bytes(service: Service, requests: Sequence[GenerationRequest]) -> None:
+    """Raise ApiError (400) where the latents asked for may come to more than one response should carry."""
+    num_rows = sum(
+        item.n * (1 if item.latents == "last" else len(item.prompt_ids) + item.stopping.max_tokens)
+        for item in requests
+        if item.latents is not None
+    )
+    num_bytes = 4 * num_rows * service.engine.model_config.hidden_size
+    if num_bytes > MAX_LATENT_BYTES:
+        message = f"'latents' may come to {num_bytes} bytes, more than {MAX_LATENT_BYTES}; ask for fewer samples or tokens"
+        raise bad_request(message, param="latents")
 
 
 def _warning(dropped: Sequence[str]) -> dict[str, str]:
@@ -204,18 +277,21 @@ async def _collect(generation: Generation[Any], streams: Sequence[RequestStream]
         deltas = await gather(streams)
     except Exception as error:
         raise from_exception(error) from error
-    choices = [generation.write(index, delta) for index, delta in deltas]
-    return generation.body(sorted(choices, key=itemgetter("index")), usage=generation.usage())
+    return generation.body(generation.choices(deltas), usage=generation.usage())
 
 
 async def _events(generation: Generation[Any], streams: Sequence[RequestStream]) -> AsyncGenerator[bytes, None]:
     """Server-sent events: a chunk per delta, usage if asked for, [DONE]; a failure is an event of its own before that."""
-    include_usage = generation.fields.include_usage
+    include_usage, is_continuous = generation.fields.include_usage, generation.fields.continuous_usage
     writer = ChunkWriter(generation.head, {"usage": None} if include_usage else {})
+
+    def write(chunk: Chunk) -> bytes:
+        return event(generation.body([chunk], usage=generation.usage())) if is_continuous else writer.write(chunk)
+
     try:
         async with aclosing(merge(streams, KEEP_ALIVE_SECONDS)) as batches:
             async for batch in batches:
-                yield b"".join([writer.write(chunk) for item in batch for chunk in generation.chunks(*item)]) or KEEP_ALIVE
+                yield b"".join([write(chunk) for item in batch for chunk in generation.chunks(*item)]) or KEEP_ALIVE
         if include_usage:
             yield event(generation.body([], usage=generation.usage()))
     except Exception as error:

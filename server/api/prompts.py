@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from lrt_core.tokenizer import Tokenizer, TokenizerError
 from server.api.errors import ApiError, bad_request
+from server.api.schemas import CompletionRequest
 
 THREAD_CHARACTERS = 20_000
 """Requests with more text are tokenised in a thread, so that other requests' streams go on."""
@@ -23,6 +24,25 @@ class Prompt:
     ids: tuple[int, ...]
     text: str | None = None
     hidden: int = 0
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How prompts are read. add_special_tokens: put the document-start token before a text, None as the checkpoint says.
+    allow_special: names of special tokens in a text mean those tokens. truncate: keep that many of a prompt's last tokens, -1
+    as many as fit; None takes a prompt whole or not at all."""
+
+    add_special_tokens: bool | None = None
+    allow_special: bool = False
+    truncate: int | None = None
+
+    @classmethod
+    def of(cls, fields: CompletionRequest) -> PromptOptions:
+        """What a request says of them."""
+        return cls(fields.add_special_tokens, fields.allow_special, fields.truncate_prompt_tokens)
+
+
+_PLAIN = PromptOptions()
 
 
 @dataclass(frozen=True)
@@ -39,34 +59,48 @@ class PromptReader:
     @classmethod
     def of(cls, tokenizer: Tokenizer, max_model_len: int, param: str = "prompt") -> PromptReader:
         """A reader for this tokenizer."""
-        return cls(tokenizer, max_model_len, max(1, *tokenizer.byte_lengths()), param)
+        names = [len(name.encode("utf-8")) for name in tokenizer.special_tokens]
+        return cls(tokenizer, max_model_len, max(1, *tokenizer.byte_lengths(), *names), param)
 
-    async def read(self, prompts: Sequence[str | tuple[int, ...]], max_tokens: int) -> list[Prompt]:
+    async def read(
+        self, prompts: Sequence[str | tuple[int, ...]], max_tokens: int, options: PromptOptions = _PLAIN
+    ) -> list[Prompt]:
         """Checked ids of every prompt; room for one token is needed unless max_tokens is 0. Raises ApiError (400)."""
+        if options.truncate is not None and options.truncate > self.max_model_len:
+            message = f"'truncate_prompt_tokens' must be at most {self.max_model_len}, the model's maximum context length"
+            raise bad_request(message, param="truncate_prompt_tokens")
         if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) > THREAD_CHARACTERS:
-            return await asyncio.to_thread(self._read_all, prompts, max_tokens)
-        return self._read_all(prompts, max_tokens)
+            return await asyncio.to_thread(self._read_all, prompts, max_tokens, options)
+        return self._read_all(prompts, max_tokens, options)
 
-    def _read_all(self, prompts: Sequence[str | tuple[int, ...]], max_tokens: int) -> list[Prompt]:
-        return [self._read_one(prompt, max_tokens) for prompt in prompts]
+    def _read_all(self, prompts: Sequence[str | tuple[int, ...]], max_tokens: int, options: PromptOptions) -> list[Prompt]:
+        return [self._read_one(prompt, max_tokens, options) for prompt in prompts]
 
-    def _read_one(self, given: str | tuple[int, ...], max_tokens: int) -> Prompt:
-        prompt = self._encode(given) if isinstance(given, str) else Prompt(given)
+    def _read_one(self, given: str | tuple[int, ...], max_tokens: int, options: PromptOptions) -> Prompt:
+        prompt = self._encode(given, options) if isinstance(given, str) else Prompt(given)
+        if options.truncate is not None:
+            fitting = max(1, self.max_model_len - (max_tokens > 0))
+            prompt = _last(prompt, fitting if options.truncate == -1 else options.truncate)
         self.check_length(len(prompt.ids), max_tokens)
         self._check_ids(prompt)
         return prompt
 
-    def _encode(self, text: str) -> Prompt:
+    def _encode(self, text: str, options: PromptOptions) -> Prompt:
         if not text:
             raise bad_request(
                 "'prompt' is empty; to start from nothing, give the document-start token as an id", param="prompt"
             )
-        self.check_size(len(text.encode("utf-8")))
+        if options.truncate is None:
+            self.check_size(len(text.encode("utf-8")))
+        add_bos = self.tokenizer.add_bos if options.add_special_tokens is None else options.add_special_tokens
+        if add_bos and self.tokenizer.bos_id is None:
+            message = "'add_special_tokens' asks for a document-start token, and this checkpoint has none"
+            raise bad_request(message, param="add_special_tokens")
         try:
-            ids = self.tokenizer.encode(text)
+            ids = self.tokenizer.encode(text, add_bos=add_bos, allow_special=options.allow_special)
         except TokenizerError as error:
             raise bad_request(f"'prompt' cannot be tokenised: {error}", param="prompt") from None
-        return Prompt(tuple(ids), text, hidden=int(self.tokenizer.add_bos))
+        return Prompt(tuple(ids), text, hidden=int(add_bos))
 
     def _check_ids(self, prompt: Prompt) -> None:
         limit = self.tokenizer.vocab_size
@@ -91,3 +125,8 @@ class PromptReader:
             f"your prompt has {length} tokens. Please shorten it."
         )
         return bad_request(message, param=self.param, code="context_length_exceeded")
+
+
+def _last(prompt: Prompt, count: int) -> Prompt:
+    """The prompt's last tokens; what is cut is no longer the text that was given."""
+    return prompt if len(prompt.ids) <= count else Prompt(prompt.ids[len(prompt.ids) - count :])

@@ -6,33 +6,45 @@ Neighbours: `body.py` hands over the parsed JSON, `completions.py` turns the res
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+)
 
 from lrt_core.sampling_params import SamplingParams
+from lrt_core.tokenizer import Tokenizer, TokenizerError
 from server.api.errors import ApiError, bad_request
-from server.engine.request import StoppingParams
+from server.engine.request import GenerationRequest, LatentsWanted, StoppingParams
 
 MAX_SAMPLES = 128
 MAX_CHOICES = 1024
-"""Bounds of `n`, and of n times the prompts of one request."""
+"""Bounds of `n` and `best_of`, and of either times the prompts of one request."""
 MAX_LOGPROBS = 20
-MAX_STOPS = 1024
+"""Bound of `logprobs` and `prompt_logprobs` unless the server is told another."""
+MAX_STRINGS = 1024
+MAX_CHARACTERS = 2**16
+"""Bounds of a list of stop strings or bad words: how many, and how long together."""
+MAX_STOP_IDS = 1024
+MAX_NAME = 512
+"""Characters of `user` and `cache_salt`."""
+REQUEST_ID = "^[A-Za-z0-9_.:-]{1,128}$"
 MAX_PROBLEMS = 10
 INT64 = 2**63
 
-NOT_BUILT = frozenset(
-    {
-        *("min_tokens", "stop_token_ids", "include_stop_str_in_output", "best_of", "min_p", "add_special_tokens"),
-        *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words"),
-        *("prompt_logprobs", "suffix", "response_format", "structured_outputs", "priority", "cache_salt"),
-        *("truncate_prompt_tokens", "user", "request_id", "latents", "stream_options.continuous_usage_stats"),
-    }
-)
-"""Documented parameters that this server refuses, whether or not unknown ones are tolerated."""
+REFUSED = {"suffix": "is not supported: a model that only continues text cannot fill in what comes before a suffix"}
+NOT_BUILT = frozenset({"response_format", "structured_outputs"})
+"""Documented parameters that this server refuses, whether or not unknown ones are tolerated; REFUSED says why."""
 
 _INPUT = reprlib.Repr()
 _INPUT.maxstring = _INPUT.maxother = _INPUT.maxlong = 60
@@ -71,14 +83,80 @@ def _parse_prompt(value: object) -> tuple[str, ...] | tuple[tuple[int, ...], ...
 
 
 def _parse_stop(value: object) -> tuple[str, ...]:
-    stop = [value] if isinstance(value, str) else value
-    if not isinstance(stop, list) or not all(isinstance(item, str) for item in stop):
-        raise ValueError("must be a string or a list of strings")
-    if "" in stop:
+    return _parse_strings([value] if isinstance(value, str) else value, "must be a string or a list of strings")
+
+
+def _parse_words(value: object) -> tuple[str, ...]:
+    return _parse_strings(value, "must be a list of strings")
+
+
+def _parse_strings(value: object, kind: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(kind)
+    if "" in value:
         raise ValueError("must not contain an empty string")
-    if len(stop) > MAX_STOPS:
-        raise ValueError(f"must not hold more than {MAX_STOPS} strings")
-    return tuple(map(valid_text, stop))
+    if len(value) > MAX_STRINGS or sum(map(len, value)) > MAX_CHARACTERS:
+        raise ValueError(f"must not hold more than {MAX_STRINGS} strings or {MAX_CHARACTERS} characters in all")
+    return tuple(map(valid_text, value))
+
+
+def _parse_ids(value: object) -> tuple[int, ...]:
+    """Different ids in order. Raises ValueError."""
+    if value != [] and not _is_ids(value):
+        raise ValueError("must be a list of integer token ids")
+    assert isinstance(value, list)
+    return tuple(dict.fromkeys(value))
+
+
+def _parse_stop_ids(value: object) -> tuple[int, ...]:
+    ids = _parse_ids(value)
+    if len(ids) > MAX_STOP_IDS:
+        raise ValueError(f"must not hold more than {MAX_STOP_IDS} ids")
+    return ids
+
+
+def _parse_allowed(value: object) -> tuple[int, ...]:
+    ids = _parse_ids(value)
+    if not ids:
+        raise ValueError("must not be empty")
+    return ids
+
+
+def _parse_bias(value: object) -> dict[int, float]:
+    """Numbers by token id, which JSON's keys say in digits. Raises ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError("must be an object of numbers by token id")
+    wrong = next((key for key in value if not re.fullmatch("0|[1-9][0-9]{0,17}", key, re.ASCII)), None)
+    if wrong is not None:
+        raise ValueError(f"must have token ids as keys, not {_INPUT.repr(wrong)}")
+    for bias in value.values():
+        if type(bias) not in (int, float) or not -100 <= bias <= 100:
+            raise ValueError("must have numbers from -100 to 100 as values")
+    return {int(key): float(bias) for key, bias in value.items()}
+
+
+def _check_request_id(text: str) -> str:
+    if not is_request_id(text):
+        raise ValueError("must be 1 to 128 letters, digits and any of . _ : -")
+    return text
+
+
+def is_request_id(text: str) -> bool:
+    """Whether a client may name its request so."""
+    return re.fullmatch(REQUEST_ID, text, re.ASCII) is not None
+
+
+def _check_logprobs(value: int, info: ValidationInfo) -> int:
+    limit = (info.context or {}).get("max_logprobs", MAX_LOGPROBS)
+    if value > limit:
+        raise ValueError(f"should be less than or equal to {limit}")
+    return value
+
+
+def _check_not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("should be at least 1, or -1 for as many as fit")
+    return value
 
 
 def without_nulls(value: object) -> object:
@@ -87,12 +165,20 @@ def without_nulls(value: object) -> object:
 
 
 SomeText = Annotated[str, Field(min_length=1)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Id = Annotated[int, Field(ge=0)]
+Ids = Annotated[list[Id], Field(min_length=1)]
 PromptInput = SomeText | Annotated[list[SomeText], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)]
-StopInput = SomeText | Annotated[list[SomeText], Field(max_length=MAX_STOPS)]
+WordsInput = Annotated[list[SomeText], Field(max_length=MAX_STRINGS)]
+StopInput = SomeText | WordsInput
+StopIdsInput = Annotated[list[Id], Field(max_length=MAX_STOP_IDS)]
+BiasInput = dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,17})$")], Annotated[float, Field(ge=-100, le=100)]]
 """What the documents say of fields that a function checks."""
 Prompts = Annotated[tuple[str, ...] | tuple[tuple[int, ...], ...], PlainValidator(_parse_prompt, PromptInput)]
 Text = Annotated[str, AfterValidator(valid_text)]
+Name = Annotated[Text, Field(min_length=1, max_length=MAX_NAME)]
+RequestId = Annotated[Text, AfterValidator(_check_request_id), Field(json_schema_extra={"pattern": REQUEST_ID})]
+NumLogprobs = Annotated[int, Field(ge=0, json_schema_extra={"maximum": MAX_LOGPROBS}), AfterValidator(_check_logprobs)]
+"""How many logprobs to report beside a token's own, up to what the server allows (`parse_fields`)."""
 
 
 class StreamOptions(BaseModel):
@@ -100,6 +186,7 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class RequestFields(BaseModel):
@@ -119,14 +206,30 @@ class GenerationFields(RequestFields):
     """What every generating route takes; defaults are OpenAI's."""
 
     max_tokens: Annotated[int, Field(ge=0)] = 16
+    min_tokens: Annotated[int, Field(ge=0)] = 0
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    logit_bias: Annotated[dict[int, float], PlainValidator(_parse_bias, BiasInput)] = Field(default_factory=dict)
+    allowed_token_ids: Annotated[tuple[int, ...], PlainValidator(_parse_allowed, Ids)] | None = None
+    bad_words: Annotated[tuple[str, ...], PlainValidator(_parse_words, WordsInput)] = ()
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
     stop: Annotated[tuple[str, ...], PlainValidator(_parse_stop, StopInput)] = ()
+    stop_token_ids: Annotated[tuple[int, ...], PlainValidator(_parse_stop_ids, StopIdsInput)] = ()
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    prompt_logprobs: NumLogprobs | None = None
     return_token_ids: bool = False
+    latents: LatentsWanted | None = None
+    priority: Annotated[int, Field(ge=-INT64, lt=INT64)] = 0
+    cache_salt: Name | None = None
+    user: Name | None = None
+    request_id: RequestId | None = None
     stream: bool = False
     stream_options: Annotated[StreamOptions, BeforeValidator(without_nulls)] | None = None
 
@@ -135,47 +238,126 @@ class GenerationFields(RequestFields):
         """Whether a stream ends with a chunk of usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling_params(self, vocab_size: int) -> SamplingParams:
-        """How the samples are drawn."""
-        return SamplingParams(temperature=self.temperature, top_p=self.top_p, top_k=min(self.top_k, vocab_size), seed=self.seed)
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream says the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    def sampling_params(self, tokenizer: Tokenizer) -> SamplingParams:
+        """How the samples are drawn. Raises ApiError for bad words that cannot be tokenised."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=min(self.top_k, tokenizer.vocab_size),
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=self.logit_bias,
+            allowed_token_ids=self.allowed_token_ids,
+            bad_words=_bad_words(self.bad_words, tokenizer),
+            seed=self.seed,
+        )
 
     def stopping_params(self, room: int) -> StoppingParams:
         """When the samples end; room: tokens that the context holds behind the prompt."""
-        return StoppingParams(min(self.max_tokens, room), self.ignore_eos, self.stop)
+        return StoppingParams(
+            min(self.max_tokens, room),
+            self.ignore_eos,
+            self.stop,
+            self.stop_token_ids,
+            self.min_tokens,
+            self.include_stop_str_in_output,
+        )
+
+    def generation_request(
+        self,
+        request_id: str,
+        prompt_ids: tuple[int, ...],
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        *,
+        num_samples: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+    ) -> GenerationRequest:
+        """What the engine is asked for, for one prompt; logprobs and prompt_logprobs as the engine is to report them, which
+        may be more than the client asked for."""
+        return GenerationRequest(
+            request_id=request_id,
+            prompt_ids=prompt_ids,
+            sampling=self.sampling_params(tokenizer),
+            stopping=self.stopping_params(max_model_len - len(prompt_ids)),
+            n=num_samples,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            priority=self.priority,
+            cache_salt=self.cache_salt,
+            latents=self.latents,
+        )
 
     def conflicts(self) -> list[tuple[str, str]]:
         """See the base class."""
+        problems = super().conflicts()
         if self.stream_options is not None and not self.stream:
-            return [("stream_options", "is allowed only with stream")]
-        return []
+            problems.append(("stream_options", "is allowed only with stream"))
+        if self.min_tokens > self.max_tokens:
+            problems.append(("min_tokens", f"is {self.min_tokens}, more than max_tokens, which is {self.max_tokens}"))
+        return problems
+
+
+def _bad_words(words: tuple[str, ...], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """The ids of every word, as it stands and behind a space. Raises ApiError."""
+    texts = [text for word in words for text in (word, f" {word}")]
+    try:
+        return tuple(dict.fromkeys(tuple(tokenizer.encode(text, add_bos=False)) for text in texts))
+    except TokenizerError as error:
+        raise bad_request(f"'bad_words' cannot be tokenised: {error}", param="bad_words") from None
 
 
 class CompletionRequest(GenerationFields):
     """A valid body of POST /v1/completions."""
 
     prompt: Prompts
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    logprobs: NumLogprobs | None = None
     echo: bool = False
+    add_special_tokens: bool | None = None
+    allow_special: bool = False
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1), AfterValidator(_check_not_zero)] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Samples generated for each prompt, of which the best `n` are answered."""
+        return self.n if self.best_of is None else self.best_of
 
     def conflicts(self) -> list[tuple[str, str]]:
         """See the base class."""
         problems = super().conflicts()
         if self.max_tokens == 0 and not self.echo:
             problems.append(("max_tokens", "may be 0 only with echo"))
-        if self.n * len(self.prompt) > MAX_CHOICES:
-            problems.append(("prompt", f"makes more than {MAX_CHOICES} choices: {len(self.prompt)} prompts times n = {self.n}"))
+        if self.num_samples < self.n:
+            problems.append(("best_of", f"is {self.best_of}, less than n, which is {self.n}"))
+        if self.num_samples > self.n and self.stream:
+            problems.append(("best_of", "may not be more than n with stream: the best are known only at the end"))
+        num_choices = self.num_samples * len(self.prompt)
+        if num_choices > MAX_CHOICES:
+            told = f"{len(self.prompt)} prompts times {self.num_samples} samples"
+            problems.append(("prompt", f"makes more than {MAX_CHOICES} choices: {told}"))
         return problems
 
 
 FieldsT = TypeVar("FieldsT", bound=RequestFields)
 
 
-def parse_fields(kind: type[FieldsT], data: Mapping[str, Any], lenient: bool = False) -> tuple[FieldsT, list[str]]:
+def parse_fields(
+    kind: type[FieldsT], data: Mapping[str, Any], lenient: bool = False, max_logprobs: int = MAX_LOGPROBS
+) -> tuple[FieldsT, list[str]]:
     """The request of this kind in `data`, and the unknown fields that were dropped (none unless `lenient`). Raises ApiError."""
     unknown, problems = _foreign_fields(kind, data, lenient)
     fields = {key: value for key, value in data.items() if key in kind.model_fields and value is not None}
     try:
-        request = kind.model_validate(fields)
+        request = kind.model_validate(fields, context={"max_logprobs": max_logprobs})
     except ValidationError as error:
         problems += _problems(error)
     else:
@@ -194,8 +376,9 @@ def _foreign_fields(
     if isinstance(options, dict) and "stream_options" in kind.model_fields:
         known = StreamOptions.model_fields
         names += [f"stream_options.{key}" for key, value in options.items() if value is not None and key not in known]
-    problems = [(name, "is not supported by this server") for name in names if name in kind.not_built]
-    unknown = [name for name in names if name not in kind.not_built]
+    refused = {**dict.fromkeys(kind.not_built, "is not supported by this server"), **REFUSED}
+    problems = [(name, refused[name]) for name in names if name in refused]
+    unknown = [name for name in names if name not in refused]
     if lenient:
         return unknown, problems
     return [], problems + [(name[:100], "is not a known field") for name in unknown]

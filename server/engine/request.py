@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from lrt_core.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
+LatentsWanted = Literal["last", "all"]
 
 
 class RequestError(ValueError):
@@ -36,11 +37,18 @@ class AdmissionError(RuntimeError):
 @dataclass(frozen=True)
 class StoppingParams:
     """When a sample ends. max_tokens counts generated tokens (0: the prompt is read and nothing generated); stop strings
-    match across token borders and are cut from the text; an end-of-sequence id ends it unless ignore_eos."""
+    match across token borders; an end-of-sequence id ends it unless ignore_eos, an id of stop_token_ids always.
+
+    The first min_tokens tokens are none of those ids, and a stop string that is complete before there are so many ends
+    nothing. What ended the sample is cut from its text, unless include_stop says otherwise; its token stays among the ids.
+    """
 
     max_tokens: int
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    include_stop: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ class GenerationRequest:
 
     logprobs, prompt_logprobs: None for none, else how many alternatives to report beside each token's own logprob.
     priority: lower values are served first. cache_salt: cached blocks are shared only among requests of equal salt.
+    latents: which to hand over with each sample's last delta: of the last computed token, or of all; None for none.
     """
 
     request_id: str
@@ -60,15 +69,17 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     priority: int = 0
     cache_salt: str | None = None
+    latents: LatentsWanted | None = None
 
 
 class TokenLogprob(NamedTuple):
-    """A token's own log-probability (natural log, of the unmodified model distribution; None for a first prompt token) and
-    the likeliest alternatives, (id, logprob), falling."""
+    """A token's own log-probability (natural log, of the unmodified model distribution; None for a first prompt token), the
+    likeliest alternatives, (id, logprob), falling, and, of a prompt token, its place among all by likelihood, from 1."""
 
     token_id: int
     logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(slots=True)
@@ -77,7 +88,10 @@ class Delta:
 
     token_ids counts every generated token, an end-of-sequence id included (its text is empty). logprobs has one entry per
     token id when asked for. prompt_logprobs comes once, with the first delta of each sample, when asked for.
-    stop_reason: the stop string that ended the sample; None for an end-of-sequence id or the length.
+    stop_reason: the stop string or the id of stop_token_ids that ended the sample; None for another end-of-sequence id or the
+    length. latents: with the last delta, if asked for, float32 rows of hidden_size numbers in native order: of every token of
+    prompt and sample but the sample's last, which was never computed (of the whole prompt if nothing was generated), or
+    the last of these rows.
     """
 
     index: int
@@ -86,5 +100,6 @@ class Delta:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: str | None = None
+    stop_reason: str | int | None = None
     num_cached_tokens: int = 0
+    latents: bytes | None = None

@@ -28,7 +28,7 @@ class ByteTokenizer:
 
 
 def writer(prompt_ids: tuple[int, ...] = (1,), **options: Any) -> ChoiceWriter:
-    return ChoiceWriter(ByteTokenizer(), 0, prompt_ids, logprobs=True, **options)  # type: ignore[arg-type]
+    return ChoiceWriter(ByteTokenizer(), 0, prompt_ids, logprobs=5, **options)  # type: ignore[arg-type]
 
 
 def delta(*ids: int, text: str = "", finish: Any = None, **more: Any) -> Delta:

@@ -171,7 +171,7 @@ def test_context_length(length: int, max_tokens: int, echo: bool, fits: bool) ->
 
 def test_hopelessly_long_text_is_refused_before_it_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine()
-    monkeypatch.setattr(engine.tokenizer, "encode", lambda *_: pytest.fail("the text was tokenised"))
+    monkeypatch.setattr(engine.tokenizer, "encode", lambda *_, **_options: pytest.fail("the text was tokenised"))
     response = complete(engine, prompt="a" * 5000)
     assert "at least" in assert_envelope(response, 400, "context_length_exceeded", "prompt")
 
@@ -180,7 +180,7 @@ def test_much_text_is_tokenised_off_the_loop(monkeypatch: pytest.MonkeyPatch) ->
     engine = FakeEngine()
     threads = set()
 
-    def encode(text: str) -> list[int]:
+    def encode(_text: str, **_options: bool) -> list[int]:
         threads.add(threading.current_thread())
         return [1] * 5
 
@@ -195,7 +195,7 @@ def test_much_text_is_tokenised_off_the_loop(monkeypatch: pytest.MonkeyPatch) ->
 def test_text_that_the_tokenizer_gives_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine()
 
-    def give_up(_text: str) -> list[int]:
+    def give_up(_text: str, **_options: bool) -> list[int]:
         raise TokenizerError("too long a run")
 
     monkeypatch.setattr(engine.tokenizer, "encode", give_up)
