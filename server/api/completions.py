@@ -16,6 +16,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
+from lrt_core.grammar import Grammar
 from server.api.body import read_object
 from server.api.choices import ChoiceWriter, Chunk
 from server.api.errors import from_exception, json_response
@@ -31,6 +32,7 @@ from server.api.streaming import (
     merge,
     until_disconnect,
 )
+from server.api.structured import compile_grammar
 from server.engine.async_engine import RequestStream
 from server.engine.request import Delta, GenerationRequest
 
@@ -38,8 +40,8 @@ from server.engine.request import Delta, GenerationRequest
 class Completion:
     """One call: its prompts, the choices in the making and the tokens counted so far."""
 
-    def __init__(self, service: Service, fields: CompletionRequest, prompts: Sequence[Prompt]) -> None:
-        self.fields, self.prompts = fields, prompts
+    def __init__(self, service: Service, fields: CompletionRequest, prompts: Sequence[Prompt], grammar: Grammar | None) -> None:
+        self.fields, self.prompts, self._grammar = fields, prompts, grammar
         self.id = f"cmpl-{uuid.uuid4().hex}"
         self._engine = service.engine
         self.head = {
@@ -104,6 +106,7 @@ class Completion:
             n=fields.n,
             logprobs=fields.logprobs,
             prompt_logprobs=fields.logprobs if fields.echo else None,
+            grammar=self._grammar,
         )
 
 
@@ -118,7 +121,9 @@ def add_completions(app: FastAPI, service: Service) -> None:
         fields, dropped = parse_fields(CompletionRequest, data, service.lenient)
         if fields.model is not None:
             service.check_model(fields.model)
-        completion = Completion(service, fields, await reader.read(fields.prompt, fields.max_tokens))
+        prompts = await reader.read(fields.prompt, fields.max_tokens)
+        grammar = await compile_grammar(service.engine, fields.response_format, fields.structured_outputs)
+        completion = Completion(service, fields, prompts, grammar)
         headers = _warning(dropped)
         streams = service.engine.admit_all(completion.requests())
         if fields.stream:

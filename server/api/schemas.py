@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from lrt_core.sampling_params import SamplingParams
 from server.api.errors import ApiError, bad_request
+from server.api.structured import ResponseFormat, StructuredOutputs, structure_conflicts
 from server.engine.request import StoppingParams
 
 MAX_SAMPLES = 128
@@ -28,7 +29,7 @@ NOT_BUILT = frozenset(
     {
         *("min_tokens", "stop_token_ids", "include_stop_str_in_output", "best_of", "min_p", "add_special_tokens"),
         *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words"),
-        *("prompt_logprobs", "suffix", "response_format", "structured_outputs", "priority", "cache_salt"),
+        *("prompt_logprobs", "suffix", "priority", "cache_salt"),
         *("truncate_prompt_tokens", "user", "request_id", "latents", "stream_options.continuous_usage_stats"),
     }
 )
@@ -109,6 +110,8 @@ class GenerationFields(BaseModel):
     ignore_eos: bool = False
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     return_token_ids: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool = False
     stream_options: Annotated[StreamOptions, BeforeValidator(_without_nulls)] | None = None
 
@@ -127,9 +130,10 @@ class GenerationFields(BaseModel):
 
     def conflicts(self) -> list[tuple[str, str]]:
         """Fields that are valid alone but not together: (field, message)."""
+        problems = structure_conflicts(self.response_format, self.structured_outputs)
         if self.stream_options is not None and not self.stream:
-            return [("stream_options", "is allowed only with stream")]
-        return []
+            problems.append(("stream_options", "is allowed only with stream"))
+        return problems
 
 
 class CompletionRequest(GenerationFields):

@@ -28,6 +28,8 @@ class SequenceOutput:
     prompt_logprobs: list[TokenLogprob] | None = None
     """The whole prompt's entries, with the first output of a sequence that asked for them."""
     finish_reason: FinishReason | None = None
+    error: str | None = None
+    """Why the sequence could not go on, whose token was then none; the reason is `abort`."""
 
 
 @dataclass
@@ -123,9 +125,20 @@ class Engine:
             if sequence.first_scheduled is None:
                 sequence.first_scheduled = now
                 new.append(sequence)
+                self._start_grammars([sequence, *sequence.siblings])
             if sequence.siblings:
                 sequence.siblings = [sibling for sibling in sequence.siblings if not sibling.finished]
         return new
+
+    def _start_grammars(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            grammar = sequence.request.grammar
+            if grammar is not None and sequence.grammar is None:
+                sequence.grammar = grammar.start(may_end=self._may_end(sequence))
+
+    def _may_end(self, sequence: Sequence) -> bool:
+        """Whether an end-of-sequence id ends it."""
+        return bool(self.eos_ids) and not sequence.request.stopping.ignore_eos
 
     def _fill_totals(self, stats: StepStats, before: Totals) -> None:
         now = self.scheduler.totals
@@ -193,12 +206,17 @@ class Engine:
         if token is not None:
             sequence.token_ids.append(token.token_id)
         output.finish_reason = self._finish_reason(sequence, token)
+        if sequence.grammar is not None and sequence.grammar.error is not None:
+            output.token, output.finish_reason, output.error = None, "abort", sequence.grammar.error
         return output
 
     def _finish_reason(self, sequence: Sequence, token: TokenLogprob | None) -> FinishReason | None:
-        stopping = sequence.request.stopping
-        if token is not None and token.token_id in self.eos_ids and not stopping.ignore_eos:
+        if token is not None and token.token_id in self.eos_ids and self._may_end(sequence):
             return "stop"
+        if token is not None and sequence.grammar is not None:
+            sequence.grammar.accept(token.token_id)
+            if not self._may_end(sequence) and sequence.grammar.is_exhausted:
+                return "stop"
         return "length" if sequence.num_tokens >= sequence.max_num_tokens else None
 
 

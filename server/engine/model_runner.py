@@ -172,9 +172,11 @@ def _chunks(start: int, end: int) -> list[tuple[int, int]]:
 
 def _sample_row(sequence: Sequence) -> SampleRow:
     params = sequence.request.sampling
+    permitted = sequence.grammar.permitted() if sequence.grammar is not None else None
     if not params.needs_history:
-        return SampleRow(params, sequence.seed, sequence.num_output_tokens)
-    return SampleRow(params, sequence.seed, sequence.num_output_tokens, sequence.request.prompt_ids, tuple(sequence.output_ids))
+        return SampleRow(params, sequence.seed, sequence.num_output_tokens, permitted=permitted)
+    history = sequence.request.prompt_ids, tuple(sequence.output_ids)
+    return SampleRow(params, sequence.seed, sequence.num_output_tokens, *history, permitted)
 
 
 def _token_logprobs(logits: Tensor, ids: Tensor, wanted: list[int | None]) -> list[TokenLogprob]:

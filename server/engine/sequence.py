@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from lrt_core.grammar import GrammarState
 from lrt_core.window import WindowControl
 from server.engine.request import FinishReason, GenerationRequest, TokenLogprob
 
@@ -57,6 +58,8 @@ class Sequence:
     num_counted_prompt_tokens: int = 0
     """Prompt tokens that statistics know of; unlike num_computed_tokens it survives a preemption, so that none counts twice."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    grammar: GrammarState | None = None
+    """How far its output has come in the request's grammar, from the first step that takes it up; no preemption touches it."""
     finish_reason: FinishReason | None = None
     first_scheduled: float | None = None
     """time.monotonic() of the first step that took it up."""
