@@ -1,5 +1,5 @@
-"""Samples that follow a grammar come out the same alone, in any batch, after a fork, a cache hit or a preemption; the oracle says
-what must come."""
+"""Samples that follow a grammar come out the same alone, in any batch, after a fork, a cache hit or a preemption: as the oracle
+has them."""
 
 from __future__ import annotations
 
