@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -30,6 +31,8 @@ MAX_SOURCE_BYTES = 64 * 1024
 """Of a grammar's source, as UTF-8."""
 JSON_WHITESPACE = r"( |\n {0,32})?"
 """Between the tokens of JSON: nothing, a blank, or a new line with its indentation; or a model might never stop."""
+MAX_STEP_SECONDS = 0.1
+"""Of computation that one sample's next token may take before the sample ends with an error: whoever runs beside it waits."""
 _ENCODED_CHARACTERS = 512
 """Text that a grammar forces is cut into tokens as the tokenizer would for this many characters, and into bytes beyond."""
 
@@ -196,6 +199,7 @@ class GrammarState:
         """What the matcher says; None, and `error` set, if it has failed."""
         if self.error is not None:
             return None
+        started = time.thread_time()
         try:
             result = _unless_panic(action)
         except GrammarError as error:
@@ -203,8 +207,9 @@ class GrammarState:
             return None
         if self._matcher.is_error():
             self.error = _first_lines(self._matcher.get_error())
-            return None
-        return result
+        elif time.thread_time() - started > MAX_STEP_SECONDS:
+            self.error = "takes too long to follow"
+        return result if self.error is None else None
 
 
 def _unless_panic(action: Callable[[], T]) -> T:

@@ -117,7 +117,8 @@ class AsyncEngine:
             await self.grammars.close()
 
     async def compile(self, source: GrammarSource) -> Grammar:
-        """What a request's `grammar` has to be. Raises GrammarError."""
+        """What a request's `grammar` has to be. Raises GrammarError, or AdmissionError when no request is taken."""
+        self._refuse_if_unable(0)
         return await self.grammars.get(source)
 
     def admit(self, request: GenerationRequest) -> RequestStream:

@@ -21,7 +21,7 @@ import threading
 from lrt_core.grammar import GrammarCompiler, GrammarError, GrammarSource
 from lrt_core.tokenizer import Tokenizer
 
-MAX_SECONDS = 0.5
+MAX_SECONDS = 0.3
 """Of computation for one grammar, which takes milliseconds as a rule."""
 MAX_MEMORY = 2**30
 """Bytes of address space of the process."""

@@ -38,6 +38,7 @@ class GrammarCache:
         self._size = 0
         self._probe = Probe()
         self._compiler: GrammarCompiler | None = None
+        self._is_closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lrt-grammar")
 
     def __len__(self) -> int:
@@ -67,7 +68,10 @@ class GrammarCache:
             self._size -= len(source.text)
 
     async def close(self) -> None:
-        """End the process and the thread."""
+        """End the process and the thread, after what is being compiled. Idempotent; nothing can be compiled afterwards."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         await asyncio.get_running_loop().run_in_executor(self._thread, self._probe.close)
         self._thread.shutdown()
 
@@ -75,9 +79,9 @@ class GrammarCache:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._compile_now, source)
 
     def _compile_now(self, source: GrammarSource) -> Grammar:
+        self._probe.check(source)
         if self._compiler is None:
             self._compiler = GrammarCompiler(self._tokenizer, self._eos_ids)
-        self._probe.check(source)
         return self._compiler.compile(source)
 
     def _settle(self, source: GrammarSource, task: asyncio.Task[Grammar]) -> None:

@@ -118,6 +118,15 @@ def test_a_state_too_complex_to_follow_is_an_error() -> None:
     assert state.error is not None
 
 
+def test_a_step_that_takes_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = walk(grammar("regex", "[a-d]{9}").start(), "ab")
+    monkeypatch.setattr("lrt_core.grammar.MAX_STEP_SECONDS", -1.0)
+    assert permitted(state) == set()
+    assert state.error == "takes too long to follow"
+    with pytest.raises(GrammarError, match="takes too long to follow"):
+        grammar("regex", "a")
+
+
 @pytest.mark.parametrize(
     ("kind", "source", "message"),
     [

@@ -200,6 +200,16 @@ def test_a_form_that_grows_too_complex_ends_its_request_alone() -> None:
     served(play)
 
 
+def test_a_server_that_shuts_down_compiles_nothing() -> None:
+    async def play(engine: AsyncEngine, client: Client) -> None:
+        await post(client, structured_outputs={"choice": ["a"]})
+        await asyncio.gather(engine.stop(), engine.stop())
+        response = await client.post("/v1/completions", json=body(structured_outputs={"choice": ["b"]}))
+        assert_envelope(response, 503, "draining")
+
+    served(play)
+
+
 def test_hostile_forms_are_refused_while_others_are_served() -> None:
     hostile: dict[str, dict[str, Any]] = {
         "structured_outputs.json": {"structured_outputs": {"json": {"type": "integer", "multipleOf": 9999991}}},
