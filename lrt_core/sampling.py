@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class SampleRow:
 
     seed and step pick the random number; step counts the sample's generated tokens. prompt_ids and output_ids are read only
     when penalties or bad words are on; with the history of both given, the end of output_ids does, as long as the longest bad
-    word. forbidden: ids that this step cannot give.
+    word. forbidden: ids that this step cannot give. permitted: bool [V], the ids that a grammar admits; None for no grammar.
     """
 
     params: SamplingParams
@@ -43,10 +44,11 @@ class SampleRow:
     output_ids: Sequence[int] = ()
     forbidden: Sequence[int] = ()
     history: TokenHistory | None = None
+    permitted: npt.NDArray[np.bool_] | None = None
 
     @property
     def is_adjusted(self) -> bool:
-        """Whether the token is drawn from other logits than the model's."""
+        """Whether the token is drawn from other logits than the model's, a grammar apart."""
         params = self.params
         is_restricted = params.allowed_token_ids is not None or bool(params.bad_words or self.forbidden)
         return params.needs_history or bool(params.logit_bias) or is_restricted
@@ -67,12 +69,12 @@ def uniform(seed: int, step: int) -> float:
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Draw one token id per row: float32 logits [R, V] (not modified) -> int64 [R]."""
-    return draw(_adjust(logits, rows), _draws(rows))
+    return draw(_constrain(logits, rows), _draws(rows))
 
 
 def sample_twin(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """`sample` by torch alone."""
-    return draw_twin(_adjust(logits, rows), _draws(rows))
+    return draw_twin(_constrain(logits, rows), _draws(rows))
 
 
 def _draws(rows: Sequence[SampleRow]) -> Draws:
@@ -84,6 +86,24 @@ def _draws(rows: Sequence[SampleRow]) -> Draws:
         [param.min_p for param in params],
         [0.0 if row.params.greedy else uniform(row.seed, row.step) for row in rows],
     )
+
+
+def _constrain(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Adjusted logits without what the rows' grammars forbid.
+
+    Where the other parameters leave nothing that the grammar admits, the grammar alone decides: its end, say, comes before
+    everything that would put it off.
+    """
+    adjusted = _adjust(logits, rows)
+    bound = [(i, row.permitted) for i, row in enumerate(rows) if row.permitted is not None]
+    if bound and adjusted is logits:
+        adjusted = logits.clone()
+    for i, permitted in bound:
+        forbidden = torch.from_numpy(~permitted).to(logits.device)
+        adjusted[i].masked_fill_(forbidden, -torch.inf)
+        if bool(adjusted[i].max() == -torch.inf):
+            adjusted[i] = logits[i].masked_fill(forbidden, -torch.inf)
+    return adjusted
 
 
 def _adjust(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from fastapi import FastAPI, Request, Response
 
+from lrt_core.grammar import Grammar
 from server.api.body import read_object
 from server.api.choices import ChoiceWriter, Chunk
 from server.api.errors import bad_request, from_exception, json_response
@@ -34,6 +35,7 @@ from server.api.streaming import (
     merge,
     until_disconnect,
 )
+from server.api.structured import compile_grammar
 from server.engine.async_engine import RequestStream
 from server.engine.request import Delta, GenerationRequest
 
@@ -66,6 +68,8 @@ class Generation(ABC, Generic[FieldsT]):
 
     def __init__(self, service: Service, fields: FieldsT, prompts: Sequence[Prompt], id: str) -> None:
         self.fields, self.prompts, self.id = fields, prompts, id
+        self.grammar: Grammar | None = None
+        """What the text has to match; set before the engine is asked."""
         self._engine = service.engine
         self.head = {
             "id": self.id,
@@ -150,6 +154,7 @@ class Generation(ABC, Generic[FieldsT]):
             num_samples=self._num_samples,
             logprobs=self._num_logprobs,
             prompt_logprobs=self._num_prompt_logprobs,
+            grammar=self.grammar,
         )
 
 
@@ -226,12 +231,14 @@ async def read_fields(request: Request, kind: type[AnyFieldsT], service: Service
 
 async def answer(service: Service, request: Request, generation: Generation[Any], headers: Mapping[str, str]) -> Response:
     """Run a call: one response or a stream. Raises ApiError, RequestError or AdmissionError before the first byte."""
-    check_latents(service, generation.fields)
+    fields = generation.fields
+    check_latents(service, fields)
+    generation.grammar = await compile_grammar(service.engine, fields.response_format, fields.structured_outputs)
     requests = generation.requests()
     check_latent_bytes(service, requests)
     streams = service.engine.admit_all(requests)
-    logger.debug("%s: %d prompts, user %r", generation.id, len(requests), generation.fields.user)
-    if generation.fields.stream:
+    logger.debug("%s: %d prompts, user %r", generation.id, len(requests), fields.user)
+    if fields.stream:
         return EventStreamResponse(_events(generation, streams), streams, headers)
     async with aborting(streams):
         return json_response(await until_disconnect(request.receive, _collect(generation, streams)), headers=headers)

@@ -22,9 +22,11 @@ from pydantic import (
     ValidationInfo,
 )
 
+from lrt_core.grammar import Grammar
 from lrt_core.sampling_params import SamplingParams
 from lrt_core.tokenizer import Tokenizer, TokenizerError
 from server.api.errors import ApiError, bad_request
+from server.api.structured import ResponseFormat, StructuredOutputs, structure_conflicts
 from server.engine.request import GenerationRequest, LatentsWanted, StoppingParams
 
 MAX_SAMPLES = 128
@@ -43,7 +45,7 @@ MAX_PROBLEMS = 10
 INT64 = 2**63
 
 REFUSED = {"suffix": "is not supported: a model that only continues text cannot fill in what comes before a suffix"}
-NOT_BUILT = frozenset({"response_format", "structured_outputs"})
+NOT_BUILT: frozenset[str] = frozenset()
 """Documented parameters that this server refuses, whether or not unknown ones are tolerated; REFUSED says why."""
 
 _INPUT = reprlib.Repr()
@@ -230,6 +232,8 @@ class GenerationFields(RequestFields):
     cache_salt: Name | None = None
     user: Name | None = None
     request_id: RequestId | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool = False
     stream_options: Annotated[StreamOptions, BeforeValidator(without_nulls)] | None = None
 
@@ -280,6 +284,7 @@ class GenerationFields(RequestFields):
         num_samples: int,
         logprobs: int | None,
         prompt_logprobs: int | None,
+        grammar: Grammar | None = None,
     ) -> GenerationRequest:
         """What the engine is asked for, for one prompt; logprobs and prompt_logprobs as the engine is to report them, which
         may be more than the client asked for."""
@@ -294,6 +299,7 @@ class GenerationFields(RequestFields):
             priority=self.priority,
             cache_salt=self.cache_salt,
             latents=self.latents,
+            grammar=grammar,
         )
 
     def conflicts(self) -> list[tuple[str, str]]:
@@ -301,6 +307,7 @@ class GenerationFields(RequestFields):
         problems = super().conflicts()
         if self.stream_options is not None and not self.stream:
             problems.append(("stream_options", "is allowed only with stream"))
+        problems += structure_conflicts(self.response_format, self.structured_outputs)
         if self.min_tokens > self.max_tokens:
             problems.append(("min_tokens", f"is {self.min_tokens}, more than max_tokens, which is {self.max_tokens}"))
         return problems

@@ -31,6 +31,8 @@ class SequenceOutput:
     finish_reason: FinishReason | None = None
     latents: bytes | None = None
     """Of the last computed token, or, with the first output where all are wanted, of the whole prompt; if asked for."""
+    error: str | None = None
+    """Why the sequence could not go on, whose token was then none; the reason is `abort`."""
 
 
 @dataclass
@@ -131,9 +133,20 @@ class Engine:
             if sequence.first_scheduled is None:
                 sequence.first_scheduled = now
                 new.append(sequence)
+                self._start_grammars([sequence, *sequence.siblings])
             if sequence.siblings:
                 sequence.siblings = [sibling for sibling in sequence.siblings if not sibling.finished]
         return new
+
+    def _start_grammars(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            grammar = sequence.request.grammar
+            if grammar is not None and sequence.grammar is None:
+                sequence.grammar = grammar.start(may_end=self._may_end(sequence))
+
+    def _may_end(self, sequence: Sequence) -> bool:
+        """Whether an end-of-sequence id ends it."""
+        return bool(self.eos_ids) and not sequence.request.stopping.ignore_eos
 
     def _fill_totals(self, stats: StepStats, before: Totals) -> None:
         now = self.scheduler.totals
@@ -202,11 +215,17 @@ class Engine:
         if token is not None:
             sequence.token_ids.append(token.token_id)
         output.finish_reason = self._finish_reason(sequence, token)
+        if sequence.grammar is not None and sequence.grammar.error is not None:
+            output.token, output.finish_reason, output.error = None, "abort", sequence.grammar.error
         return output
 
     def _finish_reason(self, sequence: Sequence, token: TokenLogprob | None) -> FinishReason | None:
         if token is not None and token.token_id in sequence.end_ids:
             return "stop"
+        if token is not None and sequence.grammar is not None:
+            sequence.grammar.accept(token.token_id)
+            if not self._may_end(sequence) and sequence.grammar.is_exhausted:
+                return "stop"
         return "length" if sequence.num_tokens >= sequence.max_num_tokens else None
 
 

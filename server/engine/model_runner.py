@@ -201,7 +201,8 @@ def _sample_row(sequence: Sequence) -> SampleRow:
     forbidden = tuple(sequence.end_ids) if num_outputs < sequence.request.stopping.min_tokens else ()
     tail = sequence.last_output_ids(params.longest_bad_word) if params.bad_words else ()
     history = sequence.count_outputs() if params.needs_history else None
-    return SampleRow(params, sequence.seed, num_outputs, output_ids=tail, forbidden=forbidden, history=history)
+    permitted = sequence.grammar.permitted() if sequence.grammar is not None else None
+    return SampleRow(params, sequence.seed, num_outputs, (), tail, forbidden, history, permitted)
 
 
 def _token_logprobs(logits: Tensor, ids: Tensor, wanted: list[int | None]) -> list[TokenLogprob]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from lrt_core.grammar import GrammarState
 from lrt_core.history import TokenHistory
 from lrt_core.window import WindowControl
 from server.engine.request import FinishReason, GenerationRequest, TokenLogprob
@@ -62,6 +63,8 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     history: TokenHistory | None = None
     """What penalties count; None until they have."""
+    grammar: GrammarState | None = None
+    """How far its output has come in the request's grammar, from the first step that takes it up; no preemption touches it."""
     finish_reason: FinishReason | None = None
     first_scheduled: float | None = None
     """time.monotonic() of the first step that took it up."""

@@ -40,6 +40,7 @@ class SampleOutput(NamedTuple):
     prompt_logprobs: list[TokenLogprob] | None
     finish_reason: FinishReason | None
     latents: bytes | None = None
+    error: str | None = None
 
 
 class StepReport(NamedTuple):
@@ -143,4 +144,4 @@ class EngineWorker:
         key = self._keys[sequence]
         if item.finish_reason is not None:
             self._forget(sequence, key)
-        return SampleOutput(key, item.token, item.prompt_logprobs, item.finish_reason, item.latents)
+        return SampleOutput(key, item.token, item.prompt_logprobs, item.finish_reason, item.latents, item.error)

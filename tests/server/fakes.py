@@ -12,6 +12,7 @@ import httpx
 from fastapi import FastAPI
 
 from lrt_core.chat import ChatTemplate
+from lrt_core.grammar import Grammar, GrammarCompiler, GrammarSource
 from server.api.app import create_app
 from server.api.service import Service
 from server.engine.config import EngineConfig
@@ -128,6 +129,10 @@ class FakeEngine:
 
     def check(self, request: GenerationRequest) -> None:
         """Everything fits."""
+
+    async def compile(self, source: GrammarSource) -> Grammar:
+        """At once, without a process of its own."""
+        return GrammarCompiler(self.tokenizer, self.tokenizer.eos_ids).compile(source)
 
     def admit_all(self, requests: Iterable[GenerationRequest]) -> list[FakeStream]:
         requests = list(requests)
