@@ -177,7 +177,7 @@ BiasInput = dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,17})$")], Annota
 """What the documents say of fields that a function checks."""
 Prompts = Annotated[tuple[str, ...] | tuple[tuple[int, ...], ...], PlainValidator(_parse_prompt, PromptInput)]
 Text = Annotated[str, AfterValidator(valid_text)]
-Name = Annotated[Text, Field(min_length=1, max_length=MAX_NAME)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(valid_text)]
 RequestId = Annotated[Text, AfterValidator(_check_request_id), Field(json_schema_extra={"pattern": REQUEST_ID})]
 NumLogprobs = Annotated[int, Field(ge=0, json_schema_extra={"maximum": MAX_LOGPROBS}), AfterValidator(_check_logprobs)]
 """How many logprobs to report beside a token's own, up to what the server allows (`parse_fields`)."""

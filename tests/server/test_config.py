@@ -14,6 +14,7 @@ EVERY_FLAG = {
     "--served-model-name": ("a, b", ("a", "b")),
     "--dtype": ("bfloat16", "bfloat16"),
     "--quantize": ("int8", "int8"),
+    "--max-logprobs": ("5", 5),
     "--device": ("cuda:1", "cuda:1"),
     "--max-model-len": ("100", 100),
     "--max-num-seqs": ("3", 3),
