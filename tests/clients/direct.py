@@ -34,11 +34,13 @@ class Direct:
         self.eos_ids = frozenset(load_generation_config(checkpoint).eos_token_ids)
 
     def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
-        """Of the continuation's tokens after the context's; white space between them belongs to the continuation."""
+        """Of the continuation's tokens after the context's, split as evaluation harnesses do: white space between the two
+        belongs to the continuation, whose tokens are what the whole has beyond as many tokens as the context has alone."""
         trimmed = context.rstrip()
         continuation = context[len(trimmed) :] + continuation
-        ids = self.tokenizer.encode(trimmed + continuation, add_bos=not trimmed)
-        num_context = len(self.tokenizer.encode(trimmed, add_bos=not trimmed))
+        start = self.tokenizer.encode(trimmed, add_bos=not trimmed)
+        ids = start + self.tokenizer.encode(trimmed + continuation, add_bos=not trimmed)[len(start) :]
+        num_context = len(start)
         logprobs = torch.log_softmax(read(self.model, ids).logits[num_context - 1 : -1].double(), dim=-1)
         wanted = torch.tensor(ids[num_context:])
         own = logprobs.gather(-1, wanted.unsqueeze(-1)).squeeze(-1)

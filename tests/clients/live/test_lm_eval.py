@@ -39,12 +39,13 @@ class Evaluation:
         return sorted(map(json.loads, lines), key=lambda sample: int(sample["doc_id"]))
 
 
-def evaluate(v1: str, folder: Path, tasks: tuple[str, ...] = TASKS, **more: Any) -> Evaluation:
+def evaluate(v1: str, folder: Path, tasks: tuple[str, ...] = TASKS, batch_size: int = 1, **more: Any) -> Evaluation:
     """Run the command as a user would."""
     arguments = {"model": MODEL, "base_url": v1 + "/completions", "max_length": 512, **more}
     command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--tasks", ",".join(tasks)]
     command += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
     command += ["--include_path", str(HERE / "tasks"), "--output_path", str(folder), "--log_samples"]
+    command += ["--batch_size", str(batch_size)]
     environment = {**os.environ, "HF_HOME": str(folder / "cache")}
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
