@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary, R = B*T rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,9 +47,13 @@ def token_losses(model: LatentRecurrentTransformer, hidden: Tensor, targets: Ten
     return losses.view(targets.shape)
 
 
-def mean_of_passes(passes: list[PassLosses]) -> Losses:
-    """Every forward weighs the same, whatever the number of its positions."""
-    return Losses(torch.stack([one.token_losses.mean() for one in passes]).mean(), passes)
+def mean_of_passes(passes: list[PassLosses], weights: Sequence[float] | None = None) -> Losses:
+    """The mean over the forwards, by `weights` or each the same, whatever the number of its positions."""
+    means = torch.stack([one.token_losses.mean() for one in passes])
+    if weights is None:
+        return Losses(means.mean(), passes)
+    shares = torch.tensor(weights, dtype=means.dtype, device=means.device)
+    return Losses((means * shares).sum() / shares.sum(), passes)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
