@@ -45,7 +45,7 @@ def chunked(
         out, latents = model(tokens[:, chunk], kv.positions, incoming, kv)
         last = latents[:, -1:]
         hidden.append(out)
-    return mean_of_passes([PassLosses(positions, token_losses(model, torch.cat(hidden, dim=1), targets))])
+    return mean_of_passes([PassLosses(positions, token_losses(model, torch.cat(hidden, dim=1), targets))], targets)
 
 
 class ChunkedKV:

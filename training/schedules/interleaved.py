@@ -54,7 +54,7 @@ def interleaved(
         memory = _memory_of(subset, latest)
         hidden, latest[subset] = model(token_parts[subset], positions, memory, buffer)
         passes.append(PassLosses(positions, token_losses(model, hidden, target_parts[subset])))
-    return mean_of_passes(passes)
+    return mean_of_passes(passes, targets)
 
 
 def _check(model: LatentRecurrentTransformer, tokens: Tensor, num_subsets: int, latents: Tensor | None) -> None:

@@ -44,7 +44,7 @@ def multi_refine(
         memory = shift(latents.detach() if detach else latents)
         hidden, latents = model(tokens, positions, memory, CausalKV(model.config, recompute=model.recompute))
         passes.append(PassLosses(positions, token_losses(model, hidden, targets)))
-    return mean_of_passes(passes, loss_weights or None)
+    return mean_of_passes(passes, targets, loss_weights or None)
 
 
 def _check(num_refinements: int, loss_weights: tuple[float, ...]) -> None:
