@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from lrt_core.files import CheckpointError
-from tests.training.helpers import tiny_corpus, tiny_run, tiny_trainer
+from tests.training.helpers import tiny_corpus, tiny_trainer
 from training.config import OptimizerConfig
 from training.data import Document
 from training.state import STATE_FILE, StateError
