@@ -134,7 +134,8 @@ def summary(seconds: dict[str, list[float]], peaks: dict[str, int], num_tokens: 
         for key, values in (("tokens_per_second", rates), ("step_ratio_to_baseline", ratios)):
             row |= {key: statistics.median(values), f"{key}_low": min(values), f"{key}_high": max(values)}
         if peaks:
-            row |= {"peak_memory_bytes": peaks[name], "memory_ratio_to_baseline": peaks[name] / peaks[BASELINE]}
+            ratio = peaks[name] / peaks[BASELINE] if peaks[BASELINE] else None  # a tiny baseline may add nothing
+            row |= {"peak_memory_bytes": peaks[name], "memory_ratio_to_baseline": ratio}
         table[name] = row
     return table
 
@@ -220,7 +221,9 @@ def _line(name: str, row: dict[str, Any]) -> str:
     for key, unit in (("tokens_per_second", "tok/s"), ("step_ratio_to_baseline", "x baseline")):
         parts.append(f"{row[key]:9.4g} {unit} ({row[f'{key}_low']:.4g} to {row[f'{key}_high']:.4g})")
     if "peak_memory_bytes" in row:
-        parts.append(f"{row['peak_memory_bytes'] / 2**20:7.0f} MiB ({row['memory_ratio_to_baseline']:.2f} x)")
+        parts.append(f"{row['peak_memory_bytes'] / 2**20:7.0f} MiB")
+        if row["memory_ratio_to_baseline"] is not None:
+            parts[-1] += f" ({row['memory_ratio_to_baseline']:.2f} x)"
     return "  ".join(parts)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from lrt_core.files import CheckpointError
-from tests.training.helpers import tiny_corpus, tiny_run, tiny_trainer
+from tests.training.helpers import tiny_corpus, tiny_trainer
 from training.config import OptimizerConfig
 from training.data import Document
 from training.state import STATE_FILE, StateError
@@ -29,8 +28,7 @@ def read_log(run: Path, event: str) -> list[dict[str, Any]]:
         {},
         {"model": {"recurrence": None}},
         {"num_subsets": 3, "kv_refresh": True},
-        {"schedule": "multi_refine", "loss_weights": (0.1, 0.3, 0.6), "recompute": True},
-        {"schedule": "chunked", "chunk_len": 6},
+        {"schedule": "multi_refine", "num_refinements": 1, "loss_weights": (0.3, 0.7), "recompute": True},
     ],
 )
 def test_learns(tmp_path: Path, overrides: dict[str, Any]) -> None:
