@@ -145,8 +145,9 @@ def limits() -> dict[str, float]:
     results: dict[str, float] = {"threads": torch.get_num_threads()}
     for dtype in (torch.float32, torch.bfloat16):
         size = 1024 if dtype == torch.float32 or has_fast_bf16("cpu") else 256
-        a = torch.ones(size, size, dtype=dtype)
-        results[f"gemm_{str(dtype).removeprefix('torch.')}_gflop_s"] = 2e-9 * size**3 / _fastest(lambda a=a: a @ a)
+        square = torch.ones(size, size, dtype=dtype)
+        seconds = _fastest(partial(torch.mm, square, square))
+        results[f"gemm_{str(dtype).removeprefix('torch.')}_gflop_s"] = 2e-9 * size**3 / seconds
     numbers = torch.ones(2**26)
     return {**results, "read_bandwidth_gb_s": 1e-9 * numbers.nbytes / _fastest(numbers.sum)}
 
