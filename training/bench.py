@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -99,7 +98,12 @@ def make_step(setup: Setup, name: str) -> Callable[[], float]:
 
 
 def peak_memory(setup: Setup, name: str, threads: int) -> int:
-    """Bytes that a schedule's steps add to a new process at most, weights and their gradients included."""
+    """Bytes that a schedule's steps add to a new process at most, weights and their gradients included.
+
+    ValueError where the system does not tell: Linux does.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        raise ValueError("peak memory can be measured on Linux alone; give --no-memory")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_here, (setup, name, threads))
 
@@ -108,11 +112,18 @@ def _peak_here(setup: Setup, name: str, threads: int) -> int:
     torch.set_num_threads(threads)
     small = make_step(setup._replace(shape=Shape(1, 8, 1, 64, 64)), name)
     small()  # brings in libraries, which count for no schedule
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, at what is resident now
+    before = _peak_resident()
     step = make_step(setup, name)
     for _ in range(2):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _peak_resident() - before
+
+
+def _peak_resident() -> int:
+    """Bytes of this process that were resident at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
 def measure(setup: Setup, names: Sequence[str], repetitions: int) -> dict[str, list[float]]:
