@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from lrt_core.config import ModelConfig
 from lrt_core.kernels import norm, rope_norm
 from lrt_core.kv import KV, Heads
-from lrt_core.memory import Gates, Memory, MemoryProjection, ProjectedMemory, ZeroMemory, mix, no_memory, split_gates
+from lrt_core.memory import Gates, Memory, MemoryProjection, ProjectedMemory, mix, no_memory, split_gates
 
 _T = TypeVar("_T")
 
@@ -231,9 +231,10 @@ class LatentRecurrentTransformer(nn.Module):
             raise ValueError("memory must be given to a recurrent model (zeros at position 0) and to no other")
         x = norm(self.embedding(tokens).to(stream_dtype(self.dtype)))
         project, projected = self.memory_projection, None
-        if project is not None and memory is not None:
-            zeros = isinstance(memory, ZeroMemory)
-            projected = [no_memory(x)] * len(self.layers) if zeros else project(memory.to(self.dtype))
+        if project is not None and isinstance(memory, Tensor):
+            projected = project(memory.to(self.dtype))
+        elif project is not None:
+            projected = [no_memory(x)] * len(self.layers)
         given = memory if isinstance(memory, Tensor) else None
         return Stream(x, x, tokens, make_rope(self.config, positions), given, projected, self.dtype, self.recompute)
 

@@ -124,4 +124,4 @@ def run(engine: Engine, requests: SequenceABC[GenerationRequest]) -> Run:
 def oracle(model: LatentRecurrentTransformer, item: GenerationRequest, eos_ids: Collection[int] = ()) -> list[int]:
     """What a request's first sample must come to, token by token and alone."""
     ends = frozenset() if item.stopping.ignore_eos else frozenset(eos_ids)
-    return list(generate(model, item.prompt_ids, item.stopping.max_tokens, item.sampling, ends, item.grammar))
+    return list(generate(model, item.prompt_ids, item.stopping.max_tokens, item.sampling, ends, grammar=item.grammar))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -99,7 +98,12 @@ def make_step(setup: Setup, name: str) -> Callable[[], float]:
 
 
 def peak_memory(setup: Setup, name: str, threads: int) -> int:
-    """Bytes that a schedule's steps add to a new process at most, weights and their gradients included."""
+    """Bytes that a schedule's steps add to a new process at most, weights and their gradients included.
+
+    ValueError where the system does not tell: Linux does.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        raise ValueError("peak memory can be measured on Linux alone; give --no-memory")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_here, (setup, name, threads))
 
@@ -108,11 +112,18 @@ def _peak_here(setup: Setup, name: str, threads: int) -> int:
     torch.set_num_threads(threads)
     small = make_step(setup._replace(shape=Shape(1, 8, 1, 64, 64)), name)
     small()  # brings in libraries, which count for no schedule
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, at what is resident now
+    before = _peak_resident()
     step = make_step(setup, name)
     for _ in range(2):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _peak_resident() - before
+
+
+def _peak_resident() -> int:
+    """Bytes of this process that were resident at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
 def measure(setup: Setup, names: Sequence[str], repetitions: int) -> dict[str, list[float]]:
@@ -134,7 +145,8 @@ def summary(seconds: dict[str, list[float]], peaks: dict[str, int], num_tokens: 
         for key, values in (("tokens_per_second", rates), ("step_ratio_to_baseline", ratios)):
             row |= {key: statistics.median(values), f"{key}_low": min(values), f"{key}_high": max(values)}
         if peaks:
-            row |= {"peak_memory_bytes": peaks[name], "memory_ratio_to_baseline": peaks[name] / peaks[BASELINE]}
+            ratio = peaks[name] / peaks[BASELINE] if peaks[BASELINE] else None  # a tiny baseline may add nothing
+            row |= {"peak_memory_bytes": peaks[name], "memory_ratio_to_baseline": ratio}
         table[name] = row
     return table
 
@@ -144,8 +156,9 @@ def limits() -> dict[str, float]:
     results: dict[str, float] = {"threads": torch.get_num_threads()}
     for dtype in (torch.float32, torch.bfloat16):
         size = 1024 if dtype == torch.float32 or has_fast_bf16("cpu") else 256
-        a = torch.ones(size, size, dtype=dtype)
-        results[f"gemm_{str(dtype).removeprefix('torch.')}_gflop_s"] = 2e-9 * size**3 / _fastest(lambda a=a: a @ a)
+        square = torch.ones(size, size, dtype=dtype)
+        seconds = _fastest(partial(torch.mm, square, square))
+        results[f"gemm_{str(dtype).removeprefix('torch.')}_gflop_s"] = 2e-9 * size**3 / seconds
     numbers = torch.ones(2**26)
     return {**results, "read_bandwidth_gb_s": 1e-9 * numbers.nbytes / _fastest(numbers.sum)}
 
@@ -220,7 +233,9 @@ def _line(name: str, row: dict[str, Any]) -> str:
     for key, unit in (("tokens_per_second", "tok/s"), ("step_ratio_to_baseline", "x baseline")):
         parts.append(f"{row[key]:9.4g} {unit} ({row[f'{key}_low']:.4g} to {row[f'{key}_high']:.4g})")
     if "peak_memory_bytes" in row:
-        parts.append(f"{row['peak_memory_bytes'] / 2**20:7.0f} MiB ({row['memory_ratio_to_baseline']:.2f} x)")
+        parts.append(f"{row['peak_memory_bytes'] / 2**20:7.0f} MiB")
+        if row["memory_ratio_to_baseline"] is not None:
+            parts[-1] += f" ({row['memory_ratio_to_baseline']:.2f} x)"
     return "  ".join(parts)
 
 

@@ -40,7 +40,7 @@ def refined_losses(
 ) -> Refinement:
     """Losses of rows [R, T + 1] after parallel passes to a tolerance: what decoding token by token gives, to rounding."""
     losses, residuals, settled = [], list[float](), True
-    for batch in rows.split(batch_size):
+    for batch in torch.split(rows, batch_size):
         result = refine(model, batch[:, :-1], tolerance, max_passes, ROUNDING)
         losses.append(token_losses(model, result.hidden, batch[:, 1:]))
         residuals += [0.0] * (len(result.residuals) - len(residuals))

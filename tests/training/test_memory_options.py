@@ -29,6 +29,13 @@ SCHEDULES = {
 }
 
 
+# The compiler's own doing, on its way through the model and at its import.
+of_the_compiler = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+    "ignore:.*torch.jit.*is deprecated:DeprecationWarning",
+)
+
+
 def make_model(name: str) -> LatentRecurrentTransformer:
     return tiny_model(tiny_config(sequence_len=8, **VARIANTS["plain" if name == "baseline" else "upper-middle-source"]))
 
@@ -93,7 +100,8 @@ def test_the_first_forward_multiplies_no_zeros() -> None:
     assert counts[0] - fed == fed - 2 * model.config.num_layers
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@of_the_compiler
+@pytest.mark.parametrize("name", ["baseline", "interleaved", "multi_refine"])
 def test_compiled_graphs_are_the_same(name: str) -> None:
     """Traced by torch.compile and run without code generation, which the next test adds."""
     compiled = make_model(name)
@@ -103,9 +111,11 @@ def test_compiled_graphs_are_the_same(name: str) -> None:
     check_the_same(SCHEDULES[name], make_model(name), compiled)
 
 
+@of_the_compiler
 @pytest.mark.slow
 def test_generated_code_is_the_same() -> None:
-    config = tiny_config(num_layers=1)
+    """One layer without recurrence: C++ is generated and compiled for each shape and part, which takes seconds."""
+    config = tiny_config(num_layers=1, **VARIANTS["plain-bare"])
     compiled = tiny_model(config)
     prepare(compiled, compile=True, recompute=False)
-    check_the_same(interleaved, tiny_model(config), compiled)
+    check_the_same(baseline, tiny_model(config), compiled)

@@ -28,8 +28,7 @@ def read_log(run: Path, event: str) -> list[dict[str, Any]]:
         {},
         {"model": {"recurrence": None}},
         {"num_subsets": 3, "kv_refresh": True},
-        {"schedule": "multi_refine", "loss_weights": (0.1, 0.3, 0.6), "recompute": True},
-        {"schedule": "chunked", "chunk_len": 6},
+        {"schedule": "multi_refine", "num_refinements": 1, "loss_weights": (0.3, 0.7), "recompute": True},
     ],
 )
 def test_learns(tmp_path: Path, overrides: dict[str, Any]) -> None:
