@@ -16,9 +16,11 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 RUNTIME = $(VENV)/.runtime-installed
 DEVELOPMENT = $(VENV)/.development-installed
+CLIENTS_VENV = .venv-clients
+CLIENTS = $(CLIENTS_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check proofs bench train docker clean
+.PHONY: help setup serve test check clients clients-setup proofs bench train docker clean
 
 help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -54,17 +56,32 @@ setup: $(DEVELOPMENT) ## make .venv with everything for development
 serve: $(RUNTIME) ## serve a checkpoint on http://127.0.0.1:8000
 	@exec $(BIN)/lrt-server $(CHECKPOINT) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
-# One thread a process: busy OpenMP pools that share few cores spin against each other.
+# A process for every core and one thread in each: busy OpenMP pools that share few cores spin against each other.
 test check: export OMP_NUM_THREADS = 1
+PYTEST = $(BIN)/python -m pytest -n auto
 
 test: $(DEVELOPMENT) ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 check: $(DEVELOPMENT) ## what CI runs: ruff, mypy --strict, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# The clients bring a hundred packages, so they live apart from the server, which runs in $(VENV).
+$(CLIENTS): tests/clients/requirements.txt
+	@echo "Setting up $(CLIENTS_VENV) with the clients; this can take some minutes"
+	@$(PYTHON) -m venv --clear $(CLIENTS_VENV)
+	@$(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile -r $<
+	@$(CLIENTS_VENV)/bin/python -m pip check
+	@touch $@
+
+clients-setup: $(CLIENTS)
+
+clients: $(DEVELOPMENT) $(CLIENTS) ## run real clients (openai, LangChain, LiteLLM, llm, lm_eval) against a server
+	@LRT_PYTHON=$(abspath $(BIN)/python) $(CLIENTS_VENV)/bin/python -m pytest --confcutdir=tests/clients/live \
+		-o filterwarnings=default --disable-warnings tests/clients/live $(ARGS)
 
 proofs: $(DEVELOPMENT) ## check the claims about state, batches and memory at full scale (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.proofs $(ARGS)
@@ -84,6 +101,6 @@ docker: ## build the CPU image, with buildah where no docker engine runs
 	elif command -v buildah >/dev/null; then buildah bud --isolation chroot --format docker $(BUILD); \
 	else echo "error: neither a running docker engine nor buildah found" >&2; exit 1; fi
 
-clean: ## remove what make made: the virtual environment, builds and caches (runs/ stays)
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## remove what make made: the virtual environments, builds and caches (runs/ stays)
+	rm -rf $(VENV) $(CLIENTS_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find lrt_core training server tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,13 +13,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, recompute: bool = False
+) -> Tensor:
     """Softmax attention with scale 1/sqrt(H).
 
     q [B, T, N, H]; k and v [B, S, G, H] with N a multiple of G; mask is boolean, broadcastable to [B, 1, T, S], true
-    where a query sees a key; `causal` is the mask of S == T without materialising it. Returns [B, T, N, H].
+    where a query sees a key; `causal` is the mask of S == T without materialising it. `recompute` keeps no probabilities
+    for the backward, at the cost of time. Returns [B, T, N, H].
     """
-    if _trains_on_cpu(q, k):
+    if not recompute and _trains_on_cpu(q, k):
         if causal:
             mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril()
         return product_attention(q, k, v, mask)
@@ -100,10 +103,10 @@ def visible(query_positions: Tensor, key_positions: Tensor, window: int) -> Tens
     return (distance >= 0) & (distance <= window)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int, recompute: bool = False) -> Tensor:
     """Attention of a whole sequence to itself at distances 0..window; shapes as in `attention` with S == T."""
     length = q.shape[1]
     if length - 1 <= window:
-        return attention(q, k, v, causal=True)
+        return attention(q, k, v, causal=True, recompute=recompute)
     positions = torch.arange(length, device=q.device)
-    return attention(q, k, v, mask=visible(positions, positions, window))
+    return attention(q, k, v, mask=visible(positions, positions, window), recompute=recompute)

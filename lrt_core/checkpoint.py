@@ -3,6 +3,7 @@
     config.json              format_version, model_type and every field of ModelConfig
     model.safetensors        the weights; above 4 GB in shards model-00001-of-0000N.safetensors + model.safetensors.index.json
     tokenizer.tiktoken, tokenizer_config.json    see `tokenizer.py`
+    chat_template.jinja          where the model can chat, see `chat.py`
     generation_config.json   what ends a generation, and sampling defaults
     README.md                the model card
     official.json            only in checkpoints converted from the authors' files, see `official.py`
@@ -32,7 +33,7 @@ from lrt_core.files import (
 )
 from lrt_core.model import LatentRecurrentTransformer
 from lrt_core.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG_FILE
-from lrt_core.tokenizer import RANKS_FILE, Tokenizer
+from lrt_core.tokenizer import RANKS_FILE, TEMPLATE_FILE, Tokenizer
 from lrt_core.weights import MAX_SHARD_BYTES, is_weight_file, read_weights, write_weights
 
 __all__ = [
@@ -58,7 +59,7 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 CARD_FILE = "README.md"
 OFFICIAL_FILE = "official.json"
-_FILES = {CONFIG_FILE, GENERATION_FILE, CARD_FILE, OFFICIAL_FILE, RANKS_FILE, TOKENIZER_CONFIG_FILE}
+_FILES = {CONFIG_FILE, GENERATION_FILE, CARD_FILE, OFFICIAL_FILE, RANKS_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE}
 
 
 @dataclass(frozen=True)

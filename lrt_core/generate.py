@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrt_core.grammar import Grammar, GrammarError
 from lrt_core.kv import DenseKV
 from lrt_core.model import LatentRecurrentTransformer
 from lrt_core.sampling import SampleRow, sample_twin
@@ -60,22 +61,36 @@ def generate(
     max_tokens: int,
     params: SamplingParams | None = None,
     eos_ids: AbstractSet[int] = frozenset(),
+    min_tokens: int = 0,
+    grammar: Grammar | None = None,
 ) -> Iterator[int]:
-    """Yield up to max_tokens generated ids (greedy without `params`; seed None counts as 0); an id of `eos_ids` is the last.
+    """Yield up to max_tokens generated ids (greedy without `params`; seed None counts as 0); an id of `eos_ids` is the last,
+    and none of the first min_tokens.
 
-    Raises ValueError for an empty prompt or an id outside the vocabulary.
+    With a grammar such an id comes only where the text matches; without such ids the text ends where nothing can follow.
+    Raises ValueError for an empty prompt or an id outside the vocabulary, GrammarError where the grammar fails.
     """
     check_ids(model, prompt_ids)
     params = params or SamplingParams(temperature=0)
     stepper = Stepper(model, len(prompt_ids) + max_tokens)
+    state = grammar.start(may_end=bool(eos_ids)) if grammar is not None else None
     output: list[int] = []
     for token in prompt_ids:
         logits, _ = stepper.step(token)
     while len(output) < max_tokens:
-        row = SampleRow(params, params.seed or 0, len(output), prompt_ids, tuple(output))
+        forbidden = tuple(eos_ids) if len(output) < min_tokens else ()
+        permitted = state.permitted() if state is not None else None
+        row = SampleRow(params, params.seed or 0, len(output), prompt_ids, tuple(output), forbidden, permitted=permitted)
         output.append(int(sample_twin(logits.unsqueeze(0), [row])))
-        yield output[-1]
         if output[-1] in eos_ids:
+            yield output[-1]
+            return
+        if state is not None:
+            state.accept(output[-1])
+            if state.error is not None:
+                raise GrammarError(state.error)
+        yield output[-1]
+        if state is not None and not eos_ids and state.is_exhausted:
             return
         logits, _ = stepper.step(output[-1])
 

@@ -41,17 +41,20 @@ class KV(Protocol):
 
 
 class CausalKV:
-    """A whole sequence from position 0 on, [B, T, ...]: nothing is stored unless `record` asks for every layer's heads."""
+    """A whole sequence from position 0 on, [B, T, ...]: nothing is stored unless `record` asks for every layer's heads.
 
-    def __init__(self, config: ModelConfig, record: bool = False) -> None:
-        self.config = config
+    `recompute`: attention keeps no probabilities for the backward.
+    """
+
+    def __init__(self, config: ModelConfig, record: bool = False, recompute: bool = False) -> None:
+        self.config, self.recompute = config, recompute
         self.recorded: list[Heads] | None = [] if record else None
 
     def attend(self, layer: int, heads: Heads) -> Tensor:
         """Causal attention within the layer's window."""
         if self.recorded is not None:
             self.recorded.append(heads)
-        return causal_attention(heads.query, heads.key, heads.value, self.config.window(layer))
+        return causal_attention(heads.query, heads.key, heads.value, self.config.window(layer), self.recompute)
 
 
 class BufferedKV:
@@ -59,11 +62,11 @@ class BufferedKV:
 
     Subset i holds positions i, i+S, ... Replacing a subset replaces one tensor, so no scattered write and no copy of the
     rest is needed and gradients flow through the buffer (nothing is detached). `begin` chooses the subset whose fresh keys
-    and values the next forward brings.
+    and values the next forward brings. `recompute`: attention keeps no probabilities for the backward.
     """
 
-    def __init__(self, config: ModelConfig, recorded: list[Heads], num_subsets: int) -> None:
-        self.config, self.num_subsets = config, num_subsets
+    def __init__(self, config: ModelConfig, recorded: list[Heads], num_subsets: int, recompute: bool = False) -> None:
+        self.config, self.num_subsets, self.recompute = config, num_subsets, recompute
         self.keys = [self.split(heads.key) for heads in recorded]
         self.values = [self.split(heads.value) for heads in recorded]
         length, device = recorded[0].key.shape[1], recorded[0].key.device
@@ -87,7 +90,7 @@ class BufferedKV:
         self.values[layer][self.subset] = heads.value
         keys = torch.cat([key.to(heads.query.dtype) for key in self.keys[layer]], dim=1)
         values = torch.cat([value.to(heads.query.dtype) for value in self.values[layer]], dim=1)
-        return attention(heads.query, keys, values, mask=self._mask(self.config.window(layer)))
+        return attention(heads.query, keys, values, mask=self._mask(self.config.window(layer)), recompute=self.recompute)
 
     def _mask(self, window: int) -> Tensor:
         if window not in self._masks:

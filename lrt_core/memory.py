@@ -23,6 +23,15 @@ class ProjectedMemory(NamedTuple):
     value: Tensor
 
 
+class ZeroMemory:
+    """Zeros for every position: what a sequence's first forward is fed. `ZERO_MEMORY` is one."""
+
+
+ZERO_MEMORY = ZeroMemory()
+Memory = Tensor | ZeroMemory | None
+"""What a forward is fed: latents [..., T, D], zeros, or None for a model without recurrence."""
+
+
 class Gates(NamedTuple):
     """A layer's gates, each [..., T, G, 1] in (0, 2); None where the layer has no such input."""
 
@@ -50,6 +59,12 @@ def mix(local: Tensor, local_gate: Tensor | None, memory: Tensor | None, memory_
     if local_gate is None or memory is None or memory_gate is None:
         return local
     return local_gate * local + memory_gate * memory
+
+
+def no_memory(x: Tensor) -> ProjectedMemory:
+    """The projections of a memory of zeros: numbers without axes, which go with any shape and type, on x's device."""
+    zero = x.new_zeros(())
+    return ProjectedMemory(zero, zero)
 
 
 class MemoryProjection(nn.Module):

@@ -12,18 +12,21 @@ A leading `...` is [B] in training and absent in serving, where the tokens of al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lrt_core.config import ModelConfig
 from lrt_core.kernels import norm, rope_norm
 from lrt_core.kv import KV, Heads
-from lrt_core.memory import Gates, MemoryProjection, ProjectedMemory, mix, split_gates
+from lrt_core.memory import Gates, Memory, MemoryProjection, ProjectedMemory, mix, no_memory, split_gates
+
+_T = TypeVar("_T")
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -66,6 +69,15 @@ class Stream:
     projected: Sequence[ProjectedMemory] | None
     dtype: torch.dtype
     """What the layers' products compute in (under autocast, autocast's type)."""
+    recompute: bool = False
+    """Whether layers compute their parts a second time in the backward instead of keeping what lies between."""
+
+    def run(self, part: Callable[..., _T], *arguments: object) -> _T:
+        """Call a part of a layer, keeping no more than its arguments for the backward if the stream recomputes."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return part(*arguments)
+        result: _T = checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return result
 
     def select(self, rows: Tensor) -> Stream:
         """The stream of some tokens [R] of a flat batch."""
@@ -77,7 +89,7 @@ class Stream:
                 taken[id(one)] = ProjectedMemory(one.key.index_select(0, rows), one.value.index_select(0, rows))
         projected = [taken[id(one)] for one in self.projected] if self.projected is not None else None
         x, x0, tokens = (part.index_select(0, rows) for part in (self.x, self.x0, self.tokens))
-        return Stream(x, x0, tokens, rope, memory, projected, self.dtype)
+        return Stream(x, x0, tokens, rope, memory, projected, self.dtype, self.recompute)
 
 
 class InputProjections(nn.Module):
@@ -109,13 +121,8 @@ class Attention(nn.Module):
         has_embedding = config.has_value_embedding(layer)
         self.value_embedding = nn.Embedding(config.padded_vocab_size, config.kv_size) if has_embedding else None
 
-    def forward(self, a: Tensor, tokens: Tensor, rope: Rope, memory: ProjectedMemory | None, kv: KV) -> Tensor:
-        """a [..., T, D] normed input -> [..., T, D]."""
-        heads = self._heads(a, tokens, rope, memory)
-        out: Tensor = self.output(kv.attend(self.layer, heads).flatten(-2))
-        return out
-
-    def _heads(self, a: Tensor, tokens: Tensor, rope: Rope, memory: ProjectedMemory | None) -> Heads:
+    def forward(self, a: Tensor, tokens: Tensor, rope: Rope, memory: ProjectedMemory | None) -> Heads:
+        """a [..., T, D] normed input -> what attention reads; `output` takes what comes of it."""
         head_dim = self.config.head_dim
         flat_query, flat_key, flat_value, raw_gates = self.input(a)
         gates = split_gates(raw_gates, self.config, self.layer)
@@ -152,22 +159,38 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention = Attention(config, layer)
+        self.index, self.attention = layer, Attention(config, layer)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, stream: Stream, memory: ProjectedMemory | None, kv: KV) -> Tensor:
         """Residual stream [..., T, D] after injection -> [..., T, D]; `stream` is what the layers have in common."""
-        x = x + self.attention(norm(x, stream.dtype), stream.tokens, stream.rope, memory, kv)
+        heads = stream.run(self._before, x, stream, memory)
+        return stream.run(self._behind, x, kv.attend(self.index, heads), stream)
+
+    def compile_parts(self, **options: Any) -> None:
+        """torch.compile what lies before and behind attention, which stays the cache's business; options: torch.compile's."""
+        self._before = torch.compile(self._before, **options)  # type: ignore[method-assign]
+        self._behind = torch.compile(self._behind, **options)  # type: ignore[method-assign]
+
+    def _before(self, x: Tensor, stream: Stream, memory: ProjectedMemory | None) -> Heads:
+        heads: Heads = self.attention(norm(x, stream.dtype), stream.tokens, stream.rope, memory)
+        return heads
+
+    def _behind(self, x: Tensor, attended: Tensor, stream: Stream) -> Tensor:
+        x = x + self.attention.output(attended.flatten(-2))
         out: Tensor = x + self.mlp(norm(x, stream.dtype))
         return out
 
 
 class LatentRecurrentTransformer(nn.Module):
-    """The model. `forward` gives hidden states and latents, `logits` reads hidden states."""
+    """The model. `forward` gives hidden states and latents, `logits` reads hidden states.
+
+    Setting `recompute` makes training hold less memory and take longer: see `Stream`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False
         num_layers = config.num_layers
         self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(num_layers))
@@ -187,11 +210,12 @@ class LatentRecurrentTransformer(nn.Module):
         """Where the weights live."""
         return self.embedding.weight.device
 
-    def forward(self, tokens: Tensor, positions: Tensor, memory: Tensor | None, kv: KV) -> ForwardResult:
+    def forward(self, tokens: Tensor, positions: Tensor, memory: Memory, kv: KV) -> ForwardResult:
         """Run every layer over the given tokens.
 
         tokens, positions: integers [..., T] (positions may be [T] for a batch [B, T]). memory: [..., T, D], the latent of
-        each token's predecessor, explicit zeros where there is none; None exactly when the model has no recurrence.
+        each token's predecessor, explicit zeros where there is none (ZERO_MEMORY: zeros for all, none of them multiplied); None
+        exactly when the model has no recurrence.
         kv: stores these tokens' keys and values and attends. Raises ValueError when memory and recurrence disagree.
         """
         stream = self.begin(tokens, positions, memory)
@@ -201,14 +225,18 @@ class LatentRecurrentTransformer(nn.Module):
     # The forward in parts, for a caller that wants the layers above the source on some of the tokens only: memories depend on
     # the layers up to the source alone.
 
-    def begin(self, tokens: Tensor, positions: Tensor, memory: Tensor | None) -> Stream:
+    def begin(self, tokens: Tensor, positions: Tensor, memory: Memory) -> Stream:
         """The residual stream before layer 0; arguments as in `forward`."""
         if (memory is None) != (self.config.recurrence is None):
             raise ValueError("memory must be given to a recurrent model (zeros at position 0) and to no other")
         x = norm(self.embedding(tokens).to(stream_dtype(self.dtype)))
-        project = self.memory_projection
-        projected = project(memory.to(self.dtype)) if project is not None and memory is not None else None
-        return Stream(x, x, tokens, make_rope(self.config, positions), memory, projected, self.dtype)
+        project, projected = self.memory_projection, None
+        if project is not None and isinstance(memory, Tensor):
+            projected = project(memory.to(self.dtype))
+        elif project is not None:
+            projected = [no_memory(x)] * len(self.layers)
+        given = memory if isinstance(memory, Tensor) else None
+        return Stream(x, x, tokens, make_rope(self.config, positions), given, projected, self.dtype, self.recompute)
 
     def run_to_source(self, stream: Stream, kv: KV) -> Tensor:
         """Run the layers up to the source, changing `stream.x`; returns the latents [..., T, D]."""

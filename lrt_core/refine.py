@@ -38,10 +38,13 @@ def relative_change(new: Tensor, old: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def refine(model: LatentRecurrentTransformer, tokens: Tensor, tolerance: float, max_passes: int | None = None) -> Refined:
+def refine(
+    model: LatentRecurrentTransformer, tokens: Tensor, tolerance: float, max_passes: int | None = None, rounding: float = 0.0
+) -> Refined:
     """Read tokens [B, T] in parallel passes until every memory changes by at most `tolerance` (or `max_passes` are done).
 
-    T passes give the sequential result exactly, so that many always suffice. A plain model takes one pass.
+    T passes give the sequential result exactly, so that many always suffice. A plain model takes one pass. Changes of at most
+    `rounding` that shrink no more are rounding itself, and end the passes too.
     """
     length = tokens.shape[1]
     positions = torch.arange(length, device=tokens.device)
@@ -55,5 +58,6 @@ def refine(model: LatentRecurrentTransformer, tokens: Tensor, tolerance: float, 
             residuals.append(float(change.max()) if change.numel() else 0.0)
             memory = new_memory
         done = not residuals or residuals[-1] <= tolerance or len(residuals) >= min(length, max_passes or length)
+        done = done or (residuals[-1] <= rounding and len(residuals) > 1 and residuals[-1] > 0.75 * residuals[-2])
         if done:
             return Refined(hidden, latents, residuals)

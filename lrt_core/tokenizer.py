@@ -1,8 +1,9 @@
 """Text to token ids and back: byte-pair encoding from a checkpoint's files, run by tiktoken.
 
 Two files hold a tokenizer: `tokenizer.tiktoken` (per line a token's bytes in base64 and its rank, which is its id) and
-`tokenizer_config.json` (split pattern, special tokens, bos, eos, chat template). `checkpoint.py` writes them beside the
-weights, `official_tokenizer.py` makes one from the authors' files.
+`tokenizer_config.json` (split pattern, special tokens, bos, eos); `chat_template.jinja` is the chat template's source, if there
+is one. `checkpoint.py` writes them beside the weights, `official_tokenizer.py` makes one from the authors' files, `chat.py`
+renders the template.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import base64
 import binascii
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 
@@ -18,7 +20,10 @@ from lrt_core.files import CheckpointError, check_keys, existing, read_json, rea
 
 RANKS_FILE = "tokenizer.tiktoken"
 CONFIG_FILE = "tokenizer_config.json"
-_CONFIG_KEYS = {"pattern", "special_tokens", "bos_token", "eos_tokens", "add_bos", "chat_template"}
+TEMPLATE_FILE = "chat_template.jinja"
+_CONFIG_KEYS = {"pattern", "special_tokens", "bos_token", "eos_tokens", "add_bos"}
+_OLD_TEMPLATE_KEY = "chat_template"
+"""Where checkpoints had their template before it got a file of its own; still read."""
 
 
 class TokenizerError(ValueError):
@@ -58,19 +63,19 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path) -> Tokenizer:
-        """Read the two files; CheckpointError names the file and what is wrong in it."""
+        """Read the files; CheckpointError names the file and what is wrong in it."""
         directory = existing(directory)
         path = directory / CONFIG_FILE
         config = read_json(path)
+        chat_template = _read_template(directory, config)
         check_keys(path, config, _CONFIG_KEYS)
         special_tokens, eos_tokens = config["special_tokens"], config["eos_tokens"]
         kinds = {"pattern": str, "special_tokens": dict, "eos_tokens": list, "add_bos": bool}
         for key, kind in kinds.items():
             if type(config[key]) is not kind:
                 raise CheckpointError(f"{path}: {key} must be {kind.__name__}, got {config[key]!r}")
-        for key in ("bos_token", "chat_template"):
-            if config[key] is not None and type(config[key]) is not str:
-                raise CheckpointError(f"{path}: {key} must be a string or null, got {config[key]!r}")
+        if config["bos_token"] is not None and type(config["bos_token"]) is not str:
+            raise CheckpointError(f"{path}: bos_token must be a string or null, got {config['bos_token']!r}")
         if not all(type(name) is str for name in eos_tokens):
             raise CheckpointError(f"{path}: eos_tokens must be strings, got {eos_tokens!r}")
         ranks = _read_ranks(directory / RANKS_FILE)
@@ -82,13 +87,13 @@ class Tokenizer:
                 config["bos_token"],
                 eos_tokens,
                 config["add_bos"],
-                config["chat_template"],
+                chat_template,
             )
         except TokenizerError as error:
             raise CheckpointError(f"{path}: with {RANKS_FILE}: {error}") from None
 
     def save(self, directory: Path) -> None:
-        """Write the two files into an existing directory."""
+        """Write the files into an existing directory."""
         lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in sorted(self.ranks.items(), key=_rank))
         write_text(directory / RANKS_FILE, "".join(lines))
         config = {
@@ -97,10 +102,11 @@ class Tokenizer:
             "bos_token": self.bos_token,
             "eos_tokens": list(self.eos_tokens),
             "add_bos": self.add_bos,
-            "chat_template": self.chat_template,
         }
         assert set(config) == _CONFIG_KEYS
         write_json(directory / CONFIG_FILE, config)
+        if self.chat_template is not None:
+            write_text(directory / TEMPLATE_FILE, self.chat_template)
 
     @property
     def vocab_size(self) -> int:
@@ -176,6 +182,19 @@ def _encoding(pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, i
         return tiktoken.Encoding("lrt", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
     except ValueError as error:
         raise TokenizerError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def _read_template(directory: Path, config: dict[str, Any]) -> str | None:
+    """The chat template's source from its file or, taken out of it, from the configuration of an older checkpoint."""
+    old = config.pop(_OLD_TEMPLATE_KEY, None)
+    if old is not None and type(old) is not str:
+        raise CheckpointError(f"{directory / CONFIG_FILE}: {_OLD_TEMPLATE_KEY} must be a string or null, got {old!r}")
+    path = directory / TEMPLATE_FILE
+    if not path.exists():
+        return old
+    if old is not None:
+        raise CheckpointError(f"{path}: {CONFIG_FILE} holds a chat template too; one of them must go")
+    return read_text(path)
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

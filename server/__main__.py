@@ -173,7 +173,7 @@ def _load(settings: ServerConfig) -> tuple[Service, str]:
     from lrt_core.checkpoint import BUNDLED, CheckpointError, load_config
     from lrt_core.kernels import is_native
     from server.api.service import Service
-    from server.engine.loader import LoadError, is_small, load_engine
+    from server.engine.loader import LoadError, is_small, load_chat_template, load_engine
     from server.metrics import EngineMetrics
 
     checkpoint = settings.checkpoint or BUNDLED
@@ -183,6 +183,7 @@ def _load(settings: ServerConfig) -> tuple[Service, str]:
         trained_len = load_config(checkpoint).sequence_len
         metrics = EngineMetrics(settings.metrics_prefix, names[0], settings.max_model_len or trained_len)
         engine = load_engine(_load_options(settings, checkpoint), metrics)
+        chat = load_chat_template(engine.tokenizer, settings.chat_template)
     except LoadError as error:
         raise StartError(str(error), status=2) from None
     except (CheckpointError, OSError) as error:
@@ -207,6 +208,8 @@ def _load(settings: ServerConfig) -> tuple[Service, str]:
         exposition=metrics.exposition,
         max_body_size=settings.max_body_size,
         lenient=settings.lenient,
+        max_logprobs=settings.max_logprobs,
+        chat=chat,
     )
     return service, greeting
 

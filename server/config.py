@@ -30,6 +30,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     served_model_name: tuple[str, ...] = ()
+    chat_template: Path | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantize: Literal["none", "int8"] = "none"
     device: str = "cpu"
@@ -49,6 +50,7 @@ class ServerConfig:
     max_body_size: int = 16 * 2**20
     shutdown_timeout: float = 60.0
     lenient: bool = False
+    max_logprobs: int = 20
     metrics_prefix: str = "lrt"
     stay_on_failure: bool = False
     log_level: str = "info"
@@ -154,8 +156,10 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
         metavar="NAME[,NAME]",
         help="names that requests may use, the first in metrics (default: the directory's name)",
     )
+    add("--chat-template", metavar="FILE", help="a Jinja2 chat template (default: the checkpoint's)")
     add("--max-body-size", type=parse_bytes, metavar="BYTES", help="largest request body, such as 512K (default 16M)")
     add("--shutdown-timeout", type=_seconds, metavar="SECONDS", help="how long running requests may finish (default 60)")
+    add("--max-logprobs", type=_at_least(int, 0), metavar="N", help="most logprobs beside a token's own (default 20)")
     add("--lenient", action="store_true", help="answer unknown fields with a warning header instead of a 400")
     add(
         "--metrics-prefix",
@@ -217,8 +221,9 @@ def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Se
     """The settings of a command line and an environment. A wrong one is a line on stderr and SystemExit(2)."""
     parser = make_parser()
     values = {**_from_environment(parser, environment), **vars(parser.parse_args(arguments))}
-    if "checkpoint" in values:
-        values["checkpoint"] = Path(values["checkpoint"])
+    for name in ("checkpoint", "chat_template"):
+        if name in values:
+            values[name] = Path(values[name])
     return ServerConfig(**values)
 
 

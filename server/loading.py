@@ -5,13 +5,17 @@ Neighbours: `__main__.py` runs it from binding the socket to handing it to the a
 
 from __future__ import annotations
 
+import logging
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from server.api.errors import dump_json, unavailable
+
+logger = logging.getLogger(__name__)
 
 MAX_DISCARDED = 2**20
 """Bytes of a request's body that are read before it is answered, so that its sender gets to read the answer."""
@@ -46,13 +50,21 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: a probe while loading is no news."""
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up while the model loads is no news either."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            logger.exception("answering a request while loading failed")
+
+
 @contextmanager
 def answering(listener: socket.socket) -> Iterator[None]:
     """Within the block every request on the listening socket gets a 503, but for /live; the socket stays open afterwards."""
-    server = ThreadingHTTPServer(listener.getsockname()[:2], _Handler, bind_and_activate=False)
+    server = _Server(listener.getsockname()[:2], _Handler, bind_and_activate=False)
     server.socket.close()
     server.socket = listener
-    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, name="lrt-loading", daemon=True)
     thread.start()
     try:

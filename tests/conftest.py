@@ -13,6 +13,7 @@ from lrt_core.checkpoint import save_checkpoint
 from lrt_core.convert import main as convert
 from tests.helpers import GOLDEN, GOLDEN_NAMES, tiny_model, tiny_tokenizer
 
+collect_ignore = ["clients/live"]  # for `make clients`: they run beside the clients, which are not installed here
 torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")

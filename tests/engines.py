@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lrt_core.generate import generate
+from lrt_core.grammar import Grammar
 from lrt_core.model import InputProjections, LatentRecurrentTransformer
 from lrt_core.native_model import NativeModel, can_run
 from lrt_core.sampling_params import SamplingParams
@@ -55,13 +56,14 @@ def request(
     prompt_logprobs: int | None = None,
     priority: int = 0,
     cache_salt: str | None = None,
+    grammar: Grammar | None = None,
     **sampling: Any,
 ) -> GenerationRequest:
     """Greedy unless told otherwise; further names are those of SamplingParams."""
     params = SamplingParams(**{"temperature": 0.0, **sampling})
     stopping = StoppingParams(max_tokens, ignore_eos, stop)
     return GenerationRequest(
-        request_id, tuple(prompt_ids), params, stopping, n, logprobs, prompt_logprobs, priority, cache_salt
+        request_id, tuple(prompt_ids), params, stopping, n, logprobs, prompt_logprobs, priority, cache_salt, grammar=grammar
     )
 
 
@@ -122,4 +124,4 @@ def run(engine: Engine, requests: SequenceABC[GenerationRequest]) -> Run:
 def oracle(model: LatentRecurrentTransformer, item: GenerationRequest, eos_ids: Collection[int] = ()) -> list[int]:
     """What a request's first sample must come to, token by token and alone."""
     ends = frozenset() if item.stopping.ignore_eos else frozenset(eos_ids)
-    return list(generate(model, item.prompt_ids, item.stopping.max_tokens, item.sampling, ends))
+    return list(generate(model, item.prompt_ids, item.stopping.max_tokens, item.sampling, ends, grammar=item.grammar))

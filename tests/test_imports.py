@@ -15,7 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("lrt_core", "training", "server")
 WEB = ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client")
-TORCH_FREE = ("server.engine.sequence", "server.engine.block_manager", "server.engine.scheduler")
+TORCH_FREE = (
+    *("server.engine.sequence", "server.engine.block_manager", "server.engine.scheduler"),
+    *("server.engine.request", "server.engine.grammar_probe"),
+)
 LEAN = ("server.bench.load", "server.bench.api_probe", "server.bench.processes", "server.bench.report")
 """Parts of the bench that run beside a server under test, and must not take its memory or its cores."""
 
@@ -32,7 +35,17 @@ class Rule(NamedTuple):
 
 
 SEAM = ("request", "stats", "config", "stream")
-BELOW_THE_ENGINE = (*SEAM, "sequence", "block_manager", "scheduler", "batch", "model_runner", "detokenizer")
+BELOW_THE_ENGINE = (
+    *SEAM,
+    "sequence",
+    "block_manager",
+    "scheduler",
+    "batch",
+    "model_runner",
+    "detokenizer",
+    "grammars",
+    "grammar_probe",
+)
 ABOVE_THE_ENGINE = ("server.engine.async_engine", "server.engine.sample", "server.engine.worker")
 
 RULES = (

@@ -65,10 +65,10 @@ def requirements() -> list[Requirement]:
     return [Requirement(line) for line in [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]]
 
 
-def pins() -> dict[str, list[Requirement]]:
-    """Entries of constraints.txt by package."""
+def pins(path: str = "constraints.txt") -> dict[str, list[Requirement]]:
+    """Entries of a file of pins by package."""
     found: dict[str, list[Requirement]] = {}
-    for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines():
+    for line in (ROOT / path).read_text("utf-8").splitlines():
         if line and not line.startswith("#"):
             requirement = Requirement(line)
             found.setdefault(requirement.name, []).append(requirement)
@@ -133,6 +133,18 @@ def test_constraints_give_one_version_per_python() -> None:
         for name, entries in pins().items():
             valid = [entry for entry in entries if entry.marker is None or entry.marker.evaluate(python)]
             assert len(valid) <= 1, f"{name} has two pins for Python 3.{minor}"
+
+
+def test_clients_have_the_versions_of_constraints() -> None:
+    common = pins()
+    for minor in range(10, 15):
+        python = {"python_version": f"3.{minor}"}
+        for name, entries in pins("tests/clients/requirements.txt").items():
+            valid = [entry for entry in entries if entry.marker is None or entry.marker.evaluate(python)]
+            others = [entry for entry in common.get(name, []) if entry.marker is None or entry.marker.evaluate(python)]
+            assert len(valid) <= 1, f"{name} has two pins for Python 3.{minor}"
+            if valid and others:
+                assert valid[0].specifier == others[0].specifier, f"{name} for Python 3.{minor}"
 
 
 def test_files_and_functions_stay_short() -> None:

@@ -15,15 +15,21 @@ from typing import get_args
 
 import torch
 
+from lrt_core.checkpoint import load_config, load_tokenizer
 from lrt_core.config import RecurrenceConfig
-from training.config import PRESETS, PYTHON_SOURCES, Precision, ScheduleName, TrainingConfig
+from lrt_core.tokenizer import Tokenizer
+from training.config import PRESETS, PYTHON_SOURCES, Precision, TrainingConfig
 from training.data import Corpus, load_corpus
 from training.finish import finish
+from training.initial import check_fits, initialize
+from training.schedules.flags import add_schedule_flags, given_options, option_names
+from training.schedules.registry import entry
 from training.state import CHECKPOINT_FOLDER
 from training.tokenizer import train_tokenizer
 from training.trainer import Trainer, check_is_new, load_run_config, uses_bfloat16
 
 EXIT_INTERRUPTED = 130
+DEFAULT_PRESET = "small"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="lrt-train",
         description="Train a Latent Recurrent Transformer. Ctrl-C stops a run so that it can be resumed.",
     )
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="small", help="model and settings (default: %(default)s)")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help=f"model and settings (default: {DEFAULT_PRESET})")
     parser.add_argument("--run", type=Path, help="folder of a new run (default: runs/PRESET)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, with the settings stored in it")
     parser.add_argument("--finish", action="store_true", help="with --resume: write the checkpoint as of the last saved state")
@@ -53,18 +59,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     settings = parser.add_argument_group("settings of a new run, instead of the preset's")
     settings.add_argument("--data", action="append", metavar="SOURCE", help=f"{PYTHON_SOURCES}, a file or a folder; repeatable")
-    settings.add_argument("--schedule", choices=get_args(ScheduleName))
-    settings.add_argument("--num-subsets", type=int, metavar="S", help="of the interleaved schedule")
-    settings.add_argument("--kv-refresh", action="store_true", default=None, help="option of the interleaved schedule")
+    settings.add_argument("--init-from", type=Path, metavar="CHECKPOINT", help="start with its weights, plain or recurrent")
+    add_schedule_flags(settings)
     settings.add_argument("--steps", type=int, dest="num_steps", help="optimizer steps")
     settings.add_argument("--time-budget", type=float, metavar="SECONDS", help="end the run after this time at the latest")
     settings.add_argument("--batch-size", type=int, help="rows per step")
     settings.add_argument("--seed", type=int)
     settings.add_argument("--precision", choices=get_args(Precision))
+    settings.add_argument("--compile", action="store_true", default=None, help="torch.compile of the layers")
+    settings.add_argument(
+        "--recompute", action="store_true", default=None, help="less memory for more time: activation checkpointing"
+    )
     return parser
 
 
-_SETTINGS = ("data", "schedule", "num_subsets", "kv_refresh", "num_steps", "time_budget", "batch_size", "seed", "precision")
+_OWN_SETTINGS = ("data", "schedule", "num_steps", "time_budget", "batch_size", "seed", "precision", "compile", "recompute")
+_SETTINGS = (*_OWN_SETTINGS[:2], *option_names(), *_OWN_SETTINGS[2:])
+"""Every flag that fixes a run; those of the schedules' options follow the schedule's own."""
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -96,46 +107,77 @@ def _summary(trainer: Trainer) -> str:
 def _created(options: argparse.Namespace) -> Trainer:
     if options.finish:
         raise ValueError("--finish needs --resume RUN")
-    config = _configured(PRESETS[options.preset], options)
-    run = options.run or Path("runs") / options.preset
+    preset = options.preset or DEFAULT_PRESET
+    config = _configured(PRESETS[preset], options)
+    run = options.run or Path("runs") / preset
     check_is_new(run)
     corpus = _load(config)
+    tokenizer = _tokenizer(config, corpus) if options.init_from is None else load_tokenizer(options.init_from)
+    config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+    trainer = Trainer.create(config, run, corpus, tokenizer, _command(options), _device(options.device))
+    if options.init_from is not None:
+        initialize(trainer.model, options.init_from)
+    return trainer
+
+
+def _tokenizer(config: TrainingConfig, corpus: Corpus) -> Tokenizer:
     order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(config.seed)).tolist()
     texts = (corpus.train[index].text for index in order)
-    tokenizer = train_tokenizer(texts, config.model.vocab_size, config.tokenizer_bytes)
-    config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
-    return Trainer.create(config, run, corpus, tokenizer, _command(options), _device(options.device))
+    return train_tokenizer(texts, config.model.vocab_size, config.tokenizer_bytes)
 
 
 def _command(options: argparse.Namespace) -> str:
     """The command that starts the same training anywhere: preset and settings, without this machine's folders and device."""
-    words = ["lrt-train", "--preset", options.preset]
+    words = ["lrt-train"]
+    if options.preset is not None or options.init_from is None:
+        words += ["--preset", options.preset or DEFAULT_PRESET]
+    if options.init_from is not None:
+        words += ["--init-from", options.init_from.name]
     for name in _SETTINGS:
         value = getattr(options, name)
         flag = "--steps" if name == "num_steps" else f"--{name.replace('_', '-')}"
         if value is True:
             words.append(flag)
         elif value is not None:
-            for one in value if isinstance(value, list) else [value]:
-                words += [flag, f"{one:.15g}" if isinstance(one, float) else str(one)]
+            values = value if isinstance(value, list) else [value]
+            for one in values:
+                words += [flag, _word(one)]
     return shlex.join(words)
 
 
+def _word(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_word, value))
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
+
+
 def _configured(config: TrainingConfig, options: argparse.Namespace) -> TrainingConfig:
-    """The preset with the given settings in place of its own; the recurrence follows the schedule."""
-    given = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
+    """The preset with the given settings in place of its own; the recurrence follows the schedule.
+
+    With --init-from the architecture is the checkpoint's, unless a preset is asked for: then the two must fit.
+    """
+    given = {name: getattr(options, name) for name in _OWN_SETTINGS if getattr(options, name) is not None}
     if "data" in given:
         given["data"] = tuple(given["data"])
-    model, schedule = config.model, given.get("schedule", config.schedule)
-    if schedule == "baseline":
+    schedule = given.get("schedule", config.schedule)
+    of_schedule = given_options(options, schedule)
+    if schedule == config.schedule:
+        of_schedule = {**config.schedule_options, **of_schedule}
+    model = config.model
+    if options.init_from is not None:
+        source = load_config(options.init_from)
+        model = source if options.preset is None else replace(model, vocab_size=source.vocab_size)
+    if not entry(schedule).is_recurrent:
         model = replace(model, recurrence=None)
     elif model.recurrence is None:
         model = replace(model, recurrence=RecurrenceConfig(source_layer=model.num_layers - 1))
-    return replace(config, model=model, **given)
+    if options.init_from is not None:
+        check_fits(options.init_from, source, model)
+    return replace(config, model=model, schedule_options=of_schedule, **given)
 
 
 def _resumed(options: argparse.Namespace) -> Trainer:
-    given = [name for name in _SETTINGS if getattr(options, name) is not None]
+    given = [name for name in ("init_from", *_SETTINGS) if getattr(options, name) is not None]
     if given:
         raise ValueError(f"--resume goes on with the run's own settings; --{given[0].replace('_', '-')} cannot be given")
     corpus = _load(load_run_config(options.resume))

@@ -7,15 +7,12 @@ A run stores its TrainingConfig as `config.json`, so that resuming needs nothing
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from typing import Any, Literal, get_args
 
 from lrt_core.config import ModelConfig, RecurrenceConfig
 from training.schedules import Schedule
-from training.schedules.baseline import baseline
-from training.schedules.interleaved import interleaved
+from training.schedules.registry import bind, entry
 
-ScheduleName = Literal["baseline", "interleaved"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 PYTHON_SOURCES = "python-sources"
@@ -59,18 +56,19 @@ class TrainingConfig:
     """One run.
 
     model: its vocab_size is the tokenizer's target; a corpus too small for it gives a smaller vocabulary.
-    schedule, num_subsets, kv_refresh: see `training/schedules`. data: `python-sources` or paths of files and folders.
+    schedule, schedule_options: see `training/schedules`; an option that is not given has its default.
+    data: `python-sources` or paths of files and folders.
     num_steps: optimizer steps; time_budget: seconds after which the run is over even with steps left, None for no limit. The
     learning rate follows whichever of the two is nearer its end: it rises over the first `warmup` of the run, stays, and
     falls to zero over the last `warmdown`.
     prompt_cuts: during the warmdown, the share of likely prompt ends at which text is cut (`packing.encode_with_cuts`).
+    compile: torch.compile of what a layer does beside attention. recompute: activation checkpointing: less memory, more time.
     batch_size: rows of `model.sequence_len` tokens per step. eval_rows: rows of each evaluation. *_every: in steps.
     """
 
     model: ModelConfig
-    schedule: ScheduleName = "interleaved"
-    num_subsets: int = 2
-    kv_refresh: bool = False
+    schedule: str = "interleaved"
+    schedule_options: dict[str, Any] = field(default_factory=dict)
     data: tuple[str, ...] = (PYTHON_SOURCES,)
     validation_fraction: float = 0.02
     tokenizer_bytes: int = 50_000_000
@@ -86,22 +84,34 @@ class TrainingConfig:
     log_every: int = 10
     seed: int = 0
     precision: Precision = "auto"
+    compile: bool = False
+    recompute: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_steps", "num_subsets", "eval_every", "eval_rows", "save_every", "log_every"):
+        for name in ("batch_size", "num_steps", "eval_every", "eval_rows", "save_every", "log_every"):
             value = getattr(self, name)
             _require(type(value) is int and value >= 1, f"{name} must be an integer of at least 1, got {value!r}")
-        for name, allowed in (("schedule", get_args(ScheduleName)), ("precision", get_args(Precision))):
-            _require(getattr(self, name) in allowed, f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        _require(
+            self.precision in get_args(Precision), f"precision must be one of {get_args(Precision)}, got {self.precision!r}"
+        )
+        for name in ("compile", "recompute"):
+            _require(type(getattr(self, name)) is bool, f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("warmup", "warmdown", "prompt_cuts"):
             _require(0 <= getattr(self, name) <= 1, f"{name} is a fraction, got {getattr(self, name)!r}")
         _require(0 < self.validation_fraction < 1, f"validation_fraction must lie in 0..1, got {self.validation_fraction!r}")
         _require(self.time_budget is None or self.time_budget > 0, f"time_budget must be above 0, got {self.time_budget!r}")
         _require(bool(self.data), "data must name at least one corpus, file or folder")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        try:
+            bind(self.schedule, self.schedule_options)
+        except ValueError as error:
+            raise TrainingConfigError(str(error)) from None
         recurrent = self.model.recurrence is not None
         _require(
-            recurrent == (self.schedule != "baseline"),
+            recurrent == entry(self.schedule).is_recurrent,
             f"schedule {self.schedule} {'needs a model without' if recurrent else 'needs a model with'} recurrence",
         )
 
@@ -112,9 +122,7 @@ class TrainingConfig:
 
     def make_schedule(self) -> Schedule:
         """The schedule's function with its options bound."""
-        if self.schedule == "baseline":
-            return baseline
-        return partial(interleaved, num_subsets=self.num_subsets, kv_refresh=self.kv_refresh)
+        return bind(self.schedule, self.schedule_options)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -80,6 +80,15 @@ def load_corpus(sources: Sequence[str], validation_fraction: float, piece_charac
     return corpus
 
 
+def read_texts(sources: Sequence[str]) -> list[str]:
+    """The texts of every source, in order, without a split; DataError when a path is missing or cannot be read."""
+    skipped: list[str] = []
+    found = [python_sources() if source == PYTHON_SOURCES else _read_path(Path(source), skipped) for source in sources]
+    if skipped:
+        raise DataError(f"{len(skipped)} corrupt record(s), the first: {skipped[0]}")
+    return [document.text for documents in found for document in documents]
+
+
 def _split(corpus: Corpus, documents: list[Document], validation_fraction: float) -> None:
     """By hash; where the hash gives one side nothing, that side gets the document nearest to it."""
     ranked = sorted(documents, key=lambda document: (_hash(document.name), document.name))

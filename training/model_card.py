@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from training.config import PYTHON_SOURCES, TrainingConfig
 from training.evaluate import ParallelBpb
+from training.schedules.registry import entry
 from training.trainer import Trainer
 
 _PYTHON_NOTE = f"""\
@@ -57,6 +58,12 @@ def _data(config: TrainingConfig, num_documents: int, num_characters: int) -> st
 
 
 def _schedule(config: TrainingConfig) -> str:
-    if config.schedule == "baseline":
-        return "schedule `baseline`"
-    return f"schedule `interleaved`, S = {config.num_subsets}{', kv_refresh' if config.kv_refresh else ''}"
+    defaults = {name: option.default for name, option in entry(config.schedule).options.items()}
+    options = {**defaults, **config.schedule_options}
+    said = [_said(name, value) for name, value in options.items() if value is not False and value != ()]
+    return ", ".join([f"schedule `{config.schedule}`", *said])
+
+
+def _said(name: str, value: object) -> str:
+    words = name.replace("_", " ").removeprefix("num ")
+    return words if value is True else f"{words}: {' '.join(map(str, value)) if isinstance(value, tuple | list) else value}"

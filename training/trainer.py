@@ -17,7 +17,7 @@ import torch
 
 from lrt_core.files import read_json, write_json, write_text
 from lrt_core.hardware import has_fast_bf16
-from lrt_core.model import LatentRecurrentTransformer
+from lrt_core.model import LatentRecurrentTransformer, Layer
 from lrt_core.tokenizer import Tokenizer
 from training.config import Precision, TrainingConfig
 from training.data import Corpus
@@ -62,6 +62,7 @@ class Trainer:
         self.model = LatentRecurrentTransformer(config.model)
         self.model.init_weights(torch.Generator().manual_seed(config.seed))
         self.model.to(self.device)
+        prepare(self.model, config.compile, config.recompute)
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.packer = Packer(corpus.train, tokenizer, config.model.sequence_len, config.batch_size, config.seed)
         rows = evaluation_rows(corpus.validation, tokenizer, config.model.sequence_len, config.eval_rows)
@@ -215,6 +216,15 @@ def check_is_new(run: Path) -> None:
 def load_run_config(run: Path) -> TrainingConfig:
     """The configuration stored in a run's folder."""
     return TrainingConfig.from_dict(read_json(run / CONFIG_FILE))
+
+
+def prepare(model: LatentRecurrentTransformer, compile: bool, recompute: bool) -> None:
+    """Make the model train as told: layers compiled, or holding no more than their inputs for the backward."""
+    model.recompute = recompute
+    if compile:
+        for layer in model.layers:
+            assert isinstance(layer, Layer)
+            layer.compile_parts()
 
 
 def uses_bfloat16(precision: Precision, device: torch.device) -> bool:

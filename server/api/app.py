@@ -11,10 +11,13 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request, Response
 from starlette.requests import ClientDisconnect
 
+from server.api.chat import add_chat
 from server.api.completions import add_completions
 from server.api.errors import install_error_handlers
+from server.api.openapi import add_documents
 from server.api.routes import add_models, add_observability, add_probes
 from server.api.service import Service
+from server.api.tokenization import add_tokenization
 
 
 def create_app(service: Service) -> FastAPI:
@@ -33,9 +36,12 @@ def create_app(service: Service) -> FastAPI:
     install_error_handlers(app)
     app.add_exception_handler(ClientDisconnect, _forget)
     add_completions(app, service)
+    add_chat(app, service)
+    add_tokenization(app, service)
     add_models(app, service)
     add_probes(app, service)
     add_observability(app, service)
+    add_documents(app, service)
     return app
 
 

@@ -120,6 +120,10 @@ class ChoiceWriter:
             chunk["latents"] = write_latents(delta, self._hidden_size)
         return chunk
 
+    def chunks(self, delta: Delta) -> list[Chunk]:
+        """What a stream tells of `delta`."""
+        return [self.write(delta)]
+
     def _write_logprobs(self, delta: Delta, is_first: bool) -> dict[str, list[Any]] | None:
         if self._logprobs is None:
             return None
@@ -154,7 +158,7 @@ def write_prompt_logprobs(tokenizer: Tokenizer, delta: Delta, num_alternatives: 
             continue
         ranked = [(entry.token_id, entry.logprob, entry.rank)]
         ranked += [(id, logprob, rank) for rank, (id, logprob) in enumerate(entry.top[:num_alternatives], 1)]
-        entries = {}
+        entries: dict[str, dict[str, Any]] = {}
         for id, logprob, rank in ranked:
             text = tokenizer.decode([id])
             entries.setdefault(str(id), {"logprob": max(logprob, LOWEST_LOGPROB), "rank": rank, "decoded_token": text})

@@ -1,6 +1,7 @@
 """POST /v1/completions: from a checked body to engine requests, and from their deltas to one response or a stream.
 
-Everything that can be refused is refused before the first byte of a 200.
+Everything that can be refused is refused before the first byte of a 200. `chat.py` answers in the same way, with choices and
+objects of its own: what differs are a `Generation`'s hooks.
 Neighbours: `schemas.py` and `prompts.py` check, `choices.py` writes choices, `streaming.py` merges and sends.
 """
 
@@ -11,18 +12,20 @@ import math
 import re
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from fastapi import FastAPI, Request, Response
 
+from lrt_core.grammar import Grammar
 from server.api.body import read_object
 from server.api.choices import ChoiceWriter, Chunk
 from server.api.errors import bad_request, from_exception, json_response
 from server.api.events import DONE, KEEP_ALIVE, ChunkWriter, event
 from server.api.prompts import Prompt, PromptOptions, PromptReader
-from server.api.schemas import CompletionRequest, GenerationFields, is_request_id, parse_fields
+from server.api.schemas import CompletionRequest, GenerationFields, RequestFields, is_request_id, parse_fields
 from server.api.service import Service
 from server.api.streaming import (
     KEEP_ALIVE_SECONDS,
@@ -32,24 +35,45 @@ from server.api.streaming import (
     merge,
     until_disconnect,
 )
+from server.api.structured import compile_grammar
 from server.engine.async_engine import RequestStream
 from server.engine.request import Delta, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
+FieldsT = TypeVar("FieldsT", bound=GenerationFields)
+AnyFieldsT = TypeVar("AnyFieldsT", bound=RequestFields)
+
 MAX_LATENT_BYTES = 2**26
 """Of all latents that one request may ask for."""
 
 
-class Completion:
+class Writer(Protocol):
+    """Writes one choice."""
+
+    def write(self, delta: Delta) -> Chunk:
+        """The choice as far as `delta` says, or, of all deltas joined, the whole choice."""
+
+    def chunks(self, delta: Delta) -> list[Chunk]:
+        """What a stream tells of `delta`."""
+
+
+class Generation(ABC, Generic[FieldsT]):
     """One call: its prompts, the choices in the making and the tokens counted so far."""
 
-    def __init__(self, service: Service, fields: CompletionRequest, prompts: Sequence[Prompt], id: str) -> None:
+    id_prefix: ClassVar[str]
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+    """The `object` of a response and of a stream's chunks."""
+
+    def __init__(self, service: Service, fields: FieldsT, prompts: Sequence[Prompt], id: str) -> None:
         self.fields, self.prompts, self.id = fields, prompts, id
+        self.grammar: Grammar | None = None
+        """What the text has to match; set before the engine is asked."""
         self._engine = service.engine
         self.head = {
             "id": self.id,
-            "object": "text_completion",
+            "object": self.chunk_kind if fields.stream else self.kind,
             "created": int(time.time()),
             "model": fields.model or service.model_names[0],
             "system_fingerprint": service.fingerprint,
@@ -64,10 +88,10 @@ class Completion:
         """What the engine is asked for: one request per prompt. Raises ApiError."""
         return [self._request(index, prompt) for index, prompt in enumerate(self.prompts)]
 
-    def write(self, index: int, delta: Delta) -> Chunk:
-        """The chunk that `delta` of the prompt at `index` makes; counts its tokens."""
+    def chunks(self, index: int, delta: Delta) -> list[Chunk]:
+        """The chunks that `delta` of the prompt at `index` makes; counts its tokens."""
         self._count(index, delta)
-        return self._writers[index * self.fields.n + delta.index].write(delta)
+        return self._writers[index * self.fields.n + delta.index].chunks(delta)
 
     def choices(self, deltas: Sequence[tuple[int, Delta]]) -> list[Chunk]:
         """All choices in order, from one delta for each sample, with the index of its prompt; the best where there are more
@@ -97,6 +121,48 @@ class Completion:
         self._num_generated += len(delta.token_ids)
         self._num_cached[index] = max(self._num_cached[index], delta.num_cached_tokens)
 
+    @abstractmethod
+    def _writer(self, index: int, prompt: Prompt) -> Writer:
+        """What writes the choice at `index`."""
+
+    @property
+    def _hidden_size(self) -> int | None:
+        """Numbers of a latent; None where none are asked for."""
+        return None if self.fields.latents is None else self._engine.model_config.hidden_size
+
+    @property
+    def _num_samples(self) -> int:
+        """Samples generated for each prompt."""
+        return self.fields.n
+
+    @property
+    @abstractmethod
+    def _num_logprobs(self) -> int | None:
+        """Alternatives that the engine is to report beside each generated token's logprob; None for no logprobs."""
+
+    @property
+    def _num_prompt_logprobs(self) -> int | None:
+        """The same of the prompt's tokens."""
+        return self.fields.prompt_logprobs
+
+    def _request(self, index: int, prompt: Prompt) -> GenerationRequest:
+        return self.fields.generation_request(
+            f"{self.id}-{index}",
+            prompt.ids,
+            self._engine.tokenizer,
+            self._engine.config.max_model_len,
+            num_samples=self._num_samples,
+            logprobs=self._num_logprobs,
+            prompt_logprobs=self._num_prompt_logprobs,
+            grammar=self.grammar,
+        )
+
+
+class Completion(Generation[CompletionRequest]):
+    """A call of this route."""
+
+    id_prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
     def _writer(self, index: int, prompt: Prompt) -> ChoiceWriter:
         fields = self.fields
         return ChoiceWriter(
@@ -114,18 +180,19 @@ class Completion:
     def _shown(self, prompt: Prompt) -> str:
         return self._engine.tokenizer.decode(prompt.ids) if prompt.text is None else prompt.text
 
-    def _request(self, index: int, prompt: Prompt) -> GenerationRequest:
-        fields, is_ranked = self.fields, self.fields.num_samples > self.fields.n
-        of_prompt = [count for count in (fields.prompt_logprobs, fields.logprobs if fields.echo else None) if count is not None]
-        return fields.generation_request(
-            f"{self.id}-{index}",
-            prompt.ids,
-            self._engine.tokenizer,
-            self._engine.config.max_model_len,
-            num_samples=fields.num_samples,
-            logprobs=0 if fields.logprobs is None and is_ranked else fields.logprobs,
-            prompt_logprobs=max(of_prompt, default=None),
-        )
+    @property
+    def _num_samples(self) -> int:
+        return self.fields.num_samples
+
+    @property
+    def _num_logprobs(self) -> int | None:
+        is_ranked = self.fields.num_samples > self.fields.n
+        return 0 if self.fields.logprobs is None and is_ranked else self.fields.logprobs
+
+    @property
+    def _num_prompt_logprobs(self) -> int | None:
+        wanted = (self.fields.prompt_logprobs, self.fields.logprobs if self.fields.echo else None)
+        return max((count for count in wanted if count is not None), default=None)
 
 
 def _best(samples: Sequence[Delta], count: int) -> list[Delta]:
@@ -147,22 +214,34 @@ def add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def create_completion(request: Request) -> Response:
         """Complete one or several prompts."""
-        data = await read_object(request, service.max_body_size)
-        fields, dropped = parse_fields(CompletionRequest, data, service.lenient, service.max_logprobs)
-        if fields.model is not None:
-            service.check_model(fields.model)
-        check_latents(service, fields)
+        fields, headers = await read_fields(request, CompletionRequest, service)
         prompts = await reader.read(fields.prompt, fields.max_tokens, PromptOptions.of(fields))
-        completion = Completion(service, fields, prompts, response_id("cmpl-", fields, request.headers))
-        requests = completion.requests()
-        check_latent_bytes(service, requests)
-        headers = _warning(dropped)
-        streams = service.engine.admit_all(requests)
-        logger.debug("%s: %d prompts, user %r", completion.id, len(prompts), fields.user)
-        if fields.stream:
-            return EventStreamResponse(_events(completion, streams), streams, headers)
-        async with aborting(streams):
-            return json_response(await until_disconnect(request.receive, _collect(completion, streams)), headers=headers)
+        id = response_id(Completion.id_prefix, fields, request.headers)
+        return await answer(service, request, Completion(service, fields, prompts, id), headers)
+
+
+async def read_fields(request: Request, kind: type[AnyFieldsT], service: Service) -> tuple[AnyFieldsT, dict[str, str]]:
+    """The checked body of a request, and the headers that its response has to carry. Raises ApiError."""
+    data = await read_object(request, service.max_body_size)
+    fields, dropped = parse_fields(kind, data, service.lenient, service.max_logprobs)
+    if fields.model is not None:
+        service.check_model(fields.model)
+    return fields, _warning(dropped)
+
+
+async def answer(service: Service, request: Request, generation: Generation[Any], headers: Mapping[str, str]) -> Response:
+    """Run a call: one response or a stream. Raises ApiError, RequestError or AdmissionError before the first byte."""
+    fields = generation.fields
+    check_latents(service, fields)
+    generation.grammar = await compile_grammar(service.engine, fields.response_format, fields.structured_outputs)
+    requests = generation.requests()
+    check_latent_bytes(service, requests)
+    streams = service.engine.admit_all(requests)
+    logger.debug("%s: %d prompts, user %r", generation.id, len(requests), fields.user)
+    if fields.stream:
+        return EventStreamResponse(_events(generation, streams), streams, headers)
+    async with aborting(streams):
+        return json_response(await until_disconnect(request.receive, _collect(generation, streams)), headers=headers)
 
 
 def response_id(prefix: str, fields: GenerationFields, headers: Mapping[str, str]) -> str:
@@ -170,7 +249,7 @@ def response_id(prefix: str, fields: GenerationFields, headers: Mapping[str, str
     if fields.request_id is not None:
         return fields.request_id
     given = headers.get("x-request-id", "")
-    return given if is_request_id(given) else f"{prefix}{uuid.uuid4().hex}"
+    return given if is_request_id(given) else f"{prefix}-{uuid.uuid4().hex}"
 
 
 def check_latents(service: Service, fields: GenerationFields) -> None:
@@ -199,30 +278,29 @@ def _warning(dropped: Sequence[str]) -> dict[str, str]:
     return {"warning": f'299 lrt-server "ignored unknown fields: {names[:500]}"'}
 
 
-async def _collect(completion: Completion, streams: Sequence[RequestStream]) -> dict[str, Any]:
+async def _collect(generation: Generation[Any], streams: Sequence[RequestStream]) -> dict[str, Any]:
     """The whole response. Raises ApiError."""
     try:
         deltas = await gather(streams)
     except Exception as error:
         raise from_exception(error) from error
-    return completion.body(completion.choices(deltas), usage=completion.usage())
+    return generation.body(generation.choices(deltas), usage=generation.usage())
 
 
-async def _events(completion: Completion, streams: Sequence[RequestStream]) -> AsyncGenerator[bytes, None]:
+async def _events(generation: Generation[Any], streams: Sequence[RequestStream]) -> AsyncGenerator[bytes, None]:
     """Server-sent events: a chunk per delta, usage if asked for, [DONE]; a failure is an event of its own before that."""
-    include_usage, is_continuous = completion.fields.include_usage, completion.fields.continuous_usage
-    writer = ChunkWriter(completion.head, {"usage": None} if include_usage else {})
+    include_usage, is_continuous = generation.fields.include_usage, generation.fields.continuous_usage
+    writer = ChunkWriter(generation.head, {"usage": None} if include_usage else {})
 
-    def write(index: int, delta: Delta) -> bytes:
-        choice = completion.write(index, delta)
-        return event(completion.body([choice], usage=completion.usage())) if is_continuous else writer.write(choice)
+    def write(chunk: Chunk) -> bytes:
+        return event(generation.body([chunk], usage=generation.usage())) if is_continuous else writer.write(chunk)
 
     try:
         async with aclosing(merge(streams, KEEP_ALIVE_SECONDS)) as batches:
             async for batch in batches:
-                yield b"".join([write(*item) for item in batch]) or KEEP_ALIVE
+                yield b"".join([write(chunk) for item in batch for chunk in generation.chunks(*item)]) or KEEP_ALIVE
         if include_usage:
-            yield event(completion.body([], usage=completion.usage()))
+            yield event(generation.body([], usage=generation.usage()))
     except Exception as error:
         yield event(from_exception(error).body)
     yield DONE

@@ -16,6 +16,8 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 _PLAIN = {"logprobs": None, "finish_reason": None, "stop_reason": None}
 """What follows the text in the choice of an ordinary token."""
+_PLAIN_DELTA = {"content"}
+"""What an ordinary token is in a chat."""
 _PLAIN_END = dump_json(_PLAIN).replace(b"{", b",", 1)
 
 
@@ -35,6 +37,11 @@ class ChunkWriter:
     def write(self, choice: Chunk) -> bytes:
         """The event of a chunk with one choice."""
         if len(choice) == 2 + len(_PLAIN) and choice["finish_reason"] is None and choice["logprobs"] is None:
-            text = encode_basestring(choice["text"]).encode("utf-8", "replace")
-            return b'%b{"index":%d,"text":%b%b' % (self._start, choice["index"], text, self._plain_end)
+            delta = choice.get("delta")
+            if delta is None:
+                text = encode_basestring(choice["text"]).encode("utf-8", "replace")
+                return b'%b{"index":%d,"text":%b%b' % (self._start, choice["index"], text, self._plain_end)
+            if delta.keys() == _PLAIN_DELTA:
+                text = encode_basestring(delta["content"]).encode("utf-8", "replace")
+                return b'%b{"index":%d,"delta":{"content":%b}%b' % (self._start, choice["index"], text, self._plain_end)
         return self._start + dump_json(choice) + self._end

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lrt_core.tokenizer import Tokenizer, TokenizerError
 from server.api.errors import ApiError, bad_request
-from server.api.schemas import GenerationFields
+from server.api.schemas import CompletionRequest
 
 THREAD_CHARACTERS = 20_000
 """Requests with more text are tokenised in a thread, so that other requests' streams go on."""
@@ -37,7 +37,7 @@ class PromptOptions:
     truncate: int | None = None
 
     @classmethod
-    def of(cls, fields: GenerationFields) -> PromptOptions:
+    def of(cls, fields: CompletionRequest) -> PromptOptions:
         """What a request says of them."""
         return cls(fields.add_special_tokens, fields.allow_special, fields.truncate_prompt_tokens)
 
@@ -53,12 +53,14 @@ class PromptReader:
     max_model_len: int
     longest_token: int
     """Bytes of the longest token that text can hold; bounds the length of a text before it is encoded."""
+    param: str = "prompt"
+    """The field that errors name."""
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, max_model_len: int) -> PromptReader:
+    def of(cls, tokenizer: Tokenizer, max_model_len: int, param: str = "prompt") -> PromptReader:
         """A reader for this tokenizer."""
         names = [len(name.encode("utf-8")) for name in tokenizer.special_tokens]
-        return cls(tokenizer, max_model_len, max(1, *tokenizer.byte_lengths(), *names))
+        return cls(tokenizer, max_model_len, max(1, *tokenizer.byte_lengths(), *names), param)
 
     async def read(
         self, prompts: Sequence[str | tuple[int, ...]], max_tokens: int, options: PromptOptions = _PLAIN
@@ -79,7 +81,7 @@ class PromptReader:
         if options.truncate is not None:
             fitting = max(1, self.max_model_len - (max_tokens > 0))
             prompt = _last(prompt, fitting if options.truncate == -1 else options.truncate)
-        self._check_length(prompt, max_tokens)
+        self.check_length(len(prompt.ids), max_tokens)
         self._check_ids(prompt)
         return prompt
 
@@ -88,9 +90,8 @@ class PromptReader:
             raise bad_request(
                 "'prompt' is empty; to start from nothing, give the document-start token as an id", param="prompt"
             )
-        at_least = -(-len(text.encode("utf-8")) // self.longest_token)
-        if at_least > self.max_model_len and options.truncate is None:
-            raise self._too_long(f"at least {at_least}")
+        if options.truncate is None:
+            self.check_size(len(text.encode("utf-8")))
         add_bos = self.tokenizer.add_bos if options.add_special_tokens is None else options.add_special_tokens
         if add_bos and self.tokenizer.bos_id is None:
             message = "'add_special_tokens' asks for a document-start token, and this checkpoint has none"
@@ -107,17 +108,23 @@ class PromptReader:
         if wrong is not None:
             raise bad_request(f"'prompt' holds the token id {str(wrong)[:40]}; ids go from 0 to {limit - 1}", param="prompt")
 
-    def _check_length(self, prompt: Prompt, max_tokens: int) -> None:
-        length = len(prompt.ids)
-        if length > self.max_model_len or (max_tokens > 0 and length == self.max_model_len):
-            raise self._too_long(str(length))
+    def check_size(self, num_bytes: int) -> None:
+        """Raise ApiError (400) for a text of so many bytes that its tokens cannot fit."""
+        at_least = -(-num_bytes // self.longest_token)
+        if at_least > self.max_model_len:
+            raise self._too_long(f"at least {at_least}")
+
+    def check_length(self, num_tokens: int, max_tokens: int) -> None:
+        """Raise ApiError (400) unless a prompt of so many tokens leaves room for one more, or for none if max_tokens is 0."""
+        if num_tokens > self.max_model_len or (max_tokens > 0 and num_tokens == self.max_model_len):
+            raise self._too_long(str(num_tokens))
 
     def _too_long(self, length: str) -> ApiError:
         message = (
             f"This model's maximum context length is {self.max_model_len} tokens, prompt and completion together. However, "
             f"your prompt has {length} tokens. Please shorten it."
         )
-        return bad_request(message, param="prompt", code="context_length_exceeded")
+        return bad_request(message, param=self.param, code="context_length_exceeded")
 
 
 def _last(prompt: Prompt, count: int) -> Prompt:

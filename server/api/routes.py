@@ -75,7 +75,11 @@ def add_probes(app: FastAPI, service: Service) -> None:
 
 def add_observability(app: FastAPI, service: Service) -> None:
     """Numbers for machines."""
-    versions = {"version": _version("lrt-server"), "torch": _version("torch"), "python": platform.python_version()}
+    versions = {
+        "version": package_version("lrt-server"),
+        "torch": package_version("torch"),
+        "python": platform.python_version(),
+    }
 
     @app.get("/version")
     async def get_version() -> Response:
@@ -93,7 +97,8 @@ def add_observability(app: FastAPI, service: Service) -> None:
         return Response(service.exposition(), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Version of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:

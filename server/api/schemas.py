@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -22,9 +22,11 @@ from pydantic import (
     ValidationInfo,
 )
 
+from lrt_core.grammar import Grammar
 from lrt_core.sampling_params import SamplingParams
 from lrt_core.tokenizer import Tokenizer, TokenizerError
 from server.api.errors import ApiError, bad_request
+from server.api.structured import ResponseFormat, StructuredOutputs, structure_conflicts
 from server.engine.request import GenerationRequest, LatentsWanted, StoppingParams
 
 MAX_SAMPLES = 128
@@ -38,18 +40,20 @@ MAX_CHARACTERS = 2**16
 MAX_STOP_IDS = 1024
 MAX_NAME = 512
 """Characters of `user` and `cache_salt`."""
+REQUEST_ID = "^[A-Za-z0-9_.:-]{1,128}$"
 MAX_PROBLEMS = 10
 INT64 = 2**63
 
 REFUSED = {"suffix": "is not supported: a model that only continues text cannot fill in what comes before a suffix"}
-NOT_BUILT = frozenset({"response_format", "structured_outputs"})
+NOT_BUILT: frozenset[str] = frozenset()
 """Documented parameters that this server refuses, whether or not unknown ones are tolerated; REFUSED says why."""
 
 _INPUT = reprlib.Repr()
 _INPUT.maxstring = _INPUT.maxother = _INPUT.maxlong = 60
 
 
-def _valid_text(text: str) -> str:
+def valid_text(text: str) -> str:
+    """The text; ValueError if it cannot be encoded."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -64,7 +68,7 @@ def _is_ids(value: object) -> bool:
 def _parse_prompt(value: object) -> tuple[str, ...] | tuple[tuple[int, ...], ...]:
     """One or several prompts, all texts or all lists of ids. Raises ValueError."""
     if isinstance(value, str):
-        return (_valid_text(value),)
+        return (valid_text(value),)
     if not isinstance(value, list):
         raise ValueError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
     if not value:
@@ -72,7 +76,7 @@ def _parse_prompt(value: object) -> tuple[str, ...] | tuple[tuple[int, ...], ...
     if _is_ids(value):
         return (tuple(value),)
     if all(isinstance(item, str) for item in value):
-        return tuple(map(_valid_text, value))
+        return tuple(map(valid_text, value))
     if any(item == [] for item in value):
         raise ValueError("contains an empty list of token ids")
     if not all(map(_is_ids, value)):
@@ -95,7 +99,7 @@ def _parse_strings(value: object, kind: str) -> tuple[str, ...]:
         raise ValueError("must not contain an empty string")
     if len(value) > MAX_STRINGS or sum(map(len, value)) > MAX_CHARACTERS:
         raise ValueError(f"must not hold more than {MAX_STRINGS} strings or {MAX_CHARACTERS} characters in all")
-    return tuple(map(_valid_text, value))
+    return tuple(map(valid_text, value))
 
 
 def _parse_ids(value: object) -> tuple[int, ...]:
@@ -141,7 +145,7 @@ def _check_request_id(text: str) -> str:
 
 def is_request_id(text: str) -> bool:
     """Whether a client may name its request so."""
-    return re.fullmatch(r"[\w.:-]{1,128}", text, re.ASCII) is not None
+    return re.fullmatch(REQUEST_ID, text, re.ASCII) is not None
 
 
 def _check_logprobs(value: int, info: ValidationInfo) -> int:
@@ -157,14 +161,25 @@ def _check_not_zero(value: int) -> int:
     return value
 
 
-def _without_nulls(value: object) -> object:
+def without_nulls(value: object) -> object:
+    """An object without what is null, which counts as absent."""
     return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
-Prompts = Annotated[tuple[str, ...] | tuple[tuple[int, ...], ...], PlainValidator(_parse_prompt)]
-Text = Annotated[str, AfterValidator(_valid_text)]
-Name = Annotated[Text, Field(min_length=1, max_length=MAX_NAME)]
-NumLogprobs = Annotated[int, Field(ge=0), AfterValidator(_check_logprobs)]
+SomeText = Annotated[str, Field(min_length=1)]
+Id = Annotated[int, Field(ge=0)]
+Ids = Annotated[list[Id], Field(min_length=1)]
+PromptInput = SomeText | Annotated[list[SomeText], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)]
+WordsInput = Annotated[list[SomeText], Field(max_length=MAX_STRINGS)]
+StopInput = SomeText | WordsInput
+StopIdsInput = Annotated[list[Id], Field(max_length=MAX_STOP_IDS)]
+BiasInput = dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,17})$")], Annotated[float, Field(ge=-100, le=100)]]
+"""What the documents say of fields that a function checks."""
+Prompts = Annotated[tuple[str, ...] | tuple[tuple[int, ...], ...], PlainValidator(_parse_prompt, PromptInput)]
+Text = Annotated[str, AfterValidator(valid_text)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(valid_text)]
+RequestId = Annotated[Text, AfterValidator(_check_request_id), Field(json_schema_extra={"pattern": REQUEST_ID})]
+NumLogprobs = Annotated[int, Field(ge=0, json_schema_extra={"maximum": MAX_LOGPROBS}), AfterValidator(_check_logprobs)]
 """How many logprobs to report beside a token's own, up to what the server allows (`parse_fields`)."""
 
 
@@ -176,11 +191,22 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class GenerationFields(BaseModel):
-    """What every generating route takes; defaults are OpenAI's. Without `model` the one served answers."""
+class RequestFields(BaseModel):
+    """What every route with a body takes. Without `model` the one served answers."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+    not_built: ClassVar[frozenset[str]] = NOT_BUILT
+    """Parameters that others' servers have here and that are refused, whether or not unknown ones are tolerated."""
     model: Text | None = None
+
+    def conflicts(self) -> list[tuple[str, str]]:
+        """Fields that are valid alone but not together: (field, message)."""
+        return []
+
+
+class GenerationFields(RequestFields):
+    """What every generating route takes; defaults are OpenAI's."""
+
     max_tokens: Annotated[int, Field(ge=0)] = 16
     min_tokens: Annotated[int, Field(ge=0)] = 0
     temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -190,27 +216,26 @@ class GenerationFields(BaseModel):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    logit_bias: Annotated[dict[int, float], PlainValidator(_parse_bias)] = Field(default_factory=dict)
-    allowed_token_ids: Annotated[tuple[int, ...], PlainValidator(_parse_allowed)] | None = None
-    bad_words: Annotated[tuple[str, ...], PlainValidator(_parse_words)] = ()
+    logit_bias: Annotated[dict[int, float], PlainValidator(_parse_bias, BiasInput)] = Field(default_factory=dict)
+    allowed_token_ids: Annotated[tuple[int, ...], PlainValidator(_parse_allowed, Ids)] | None = None
+    bad_words: Annotated[tuple[str, ...], PlainValidator(_parse_words, WordsInput)] = ()
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
-    stop: Annotated[tuple[str, ...], PlainValidator(_parse_stop)] = ()
-    stop_token_ids: Annotated[tuple[int, ...], PlainValidator(_parse_stop_ids)] = ()
+    stop: Annotated[tuple[str, ...], PlainValidator(_parse_stop, StopInput)] = ()
+    stop_token_ids: Annotated[tuple[int, ...], PlainValidator(_parse_stop_ids, StopIdsInput)] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     prompt_logprobs: NumLogprobs | None = None
     return_token_ids: bool = False
     latents: LatentsWanted | None = None
-    add_special_tokens: bool | None = None
-    allow_special: bool = False
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1), AfterValidator(_check_not_zero)] | None = None
     priority: Annotated[int, Field(ge=-INT64, lt=INT64)] = 0
     cache_salt: Name | None = None
     user: Name | None = None
-    request_id: Annotated[Text, AfterValidator(_check_request_id)] | None = None
+    request_id: RequestId | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool = False
-    stream_options: Annotated[StreamOptions, BeforeValidator(_without_nulls)] | None = None
+    stream_options: Annotated[StreamOptions, BeforeValidator(without_nulls)] | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -259,6 +284,7 @@ class GenerationFields(BaseModel):
         num_samples: int,
         logprobs: int | None,
         prompt_logprobs: int | None,
+        grammar: Grammar | None = None,
     ) -> GenerationRequest:
         """What the engine is asked for, for one prompt; logprobs and prompt_logprobs as the engine is to report them, which
         may be more than the client asked for."""
@@ -273,13 +299,15 @@ class GenerationFields(BaseModel):
             priority=self.priority,
             cache_salt=self.cache_salt,
             latents=self.latents,
+            grammar=grammar,
         )
 
     def conflicts(self) -> list[tuple[str, str]]:
-        """Fields that are valid alone but not together: (field, message)."""
-        problems = []
+        """See the base class."""
+        problems = super().conflicts()
         if self.stream_options is not None and not self.stream:
             problems.append(("stream_options", "is allowed only with stream"))
+        problems += structure_conflicts(self.response_format, self.structured_outputs)
         if self.min_tokens > self.max_tokens:
             problems.append(("min_tokens", f"is {self.min_tokens}, more than max_tokens, which is {self.max_tokens}"))
         return problems
@@ -301,6 +329,9 @@ class CompletionRequest(GenerationFields):
     best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     logprobs: NumLogprobs | None = None
     echo: bool = False
+    add_special_tokens: bool | None = None
+    allow_special: bool = False
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1), AfterValidator(_check_not_zero)] | None = None
 
     @property
     def num_samples(self) -> int:
@@ -323,7 +354,7 @@ class CompletionRequest(GenerationFields):
         return problems
 
 
-FieldsT = TypeVar("FieldsT", bound=GenerationFields)
+FieldsT = TypeVar("FieldsT", bound=RequestFields)
 
 
 def parse_fields(
@@ -344,15 +375,15 @@ def parse_fields(
 
 
 def _foreign_fields(
-    kind: type[GenerationFields], data: Mapping[str, Any], lenient: bool
+    kind: type[RequestFields], data: Mapping[str, Any], lenient: bool
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """Names that are set but not ours: those to drop, and problems (field, message) for those to refuse."""
     names = [key for key, value in data.items() if value is not None and key not in kind.model_fields]
     options = data.get("stream_options")
-    if isinstance(options, dict):
+    if isinstance(options, dict) and "stream_options" in kind.model_fields:
         known = StreamOptions.model_fields
         names += [f"stream_options.{key}" for key, value in options.items() if value is not None and key not in known]
-    refused = {name: REFUSED.get(name, "is not supported by this server") for name in (*NOT_BUILT, *REFUSED)}
+    refused = {**dict.fromkeys(kind.not_built, "is not supported by this server"), **REFUSED}
     problems = [(name, refused[name]) for name in names if name in refused]
     unknown = [name for name in names if name not in refused]
     if lenient:
@@ -367,6 +398,8 @@ def _problems(error: ValidationError) -> list[tuple[str, str]]:
         message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if item["type"] == "missing":
             problems.append((name, "is required"))
+        elif item["type"] == "extra_forbidden":
+            problems.append((name, "is not supported by this server"))
         else:
             problems.append((name, f"{message}, got {_INPUT.repr(item['input'])}"))
     return problems

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lrt_core.chat import ChatTemplate
 from server.api.errors import ApiError
 from server.api.schemas import MAX_LOGPROBS
 from server.engine.async_engine import AsyncEngine
@@ -17,8 +18,8 @@ from server.engine.async_engine import AsyncEngine
 class Service:
     """model_names: what a request's `model` may say, the first being the one reported. fingerprint: of what answers
     (weights, dtype, prefill mode). created: Unix seconds. exposition: the metrics page. max_body_size: bytes.
-    lenient: drop unknown fields with a warning header instead of refusing them. max_logprobs: bound of every count of
-    logprobs."""
+    lenient: drop unknown fields with a warning header instead of refusing them. chat: None for a model without a template.
+    max_logprobs: bound of every count of logprobs."""
 
     engine: AsyncEngine
     model_names: tuple[str, ...]
@@ -27,6 +28,7 @@ class Service:
     exposition: Callable[[], bytes]
     max_body_size: int
     lenient: bool = False
+    chat: ChatTemplate | None = None
     max_logprobs: int = MAX_LOGPROBS
 
     def check_model(self, name: str) -> None:

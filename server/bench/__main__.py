@@ -6,17 +6,21 @@ Status 0 when done, 1 for what cannot be measured, 2 for wrong flags, 130 after 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Sequence
 
-from server.bench.arguments import parse
+from server.bench.arguments import TRAIN, parse
 from server.bench.errors import BenchError
 from server.bench.report import Report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the process's status."""
-    args = parse(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == [TRAIN]:
+        return _train(words[1:])
+    args = parse(words)
     report = Report({"mode": args.mode, "arguments": _plain(args)})
     status = _run(args, report)
     try:
@@ -26,6 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lrt-bench: error: {error}", file=sys.stderr)
         return status or 1
     return status
+
+
+def _train(flags: list[str]) -> int:
+    """Training measures itself, in a process of its own: neither of the two packages imports the other."""
+    try:
+        return subprocess.run([sys.executable, "-m", "training.bench", *flags], check=False).returncode
+    except KeyboardInterrupt:
+        return 130
 
 
 def _run(args: argparse.Namespace, report: Report) -> int:

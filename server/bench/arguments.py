@@ -146,6 +146,11 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of its matrices (default bfloat16)")
 
 
+def _train(parser: argparse.ArgumentParser) -> None:
+    """Nothing: `__main__.py` hands this mode's flags on before any is read here."""
+
+
+TRAIN = "train"
 _MODES: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "offline": (_offline, "the engine alone: decoding, and what recurrence costs"),
     "prefill": (_prefill, "the engine alone: reading a prompt by windows, token by token, and without recurrence"),
@@ -153,6 +158,7 @@ _MODES: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "kernels": (_kernels, "each native kernel against its torch twin and the machine's limits"),
     "growth": (_growth, "a step's time against batch and context, a prompt's against its length"),
     "scheduler": (_scheduler, "what the engine does in a step besides computing"),
+    TRAIN: (_train, "a training step of every schedule beside a plain model's"),
     "checkpoint": (_checkpoint, "write the bench model as a checkpoint that lrt-server serves"),
 }
 

@@ -92,12 +92,12 @@ def _num_blocks(point: Point) -> int:
 def step_seconds(engine: Engine, point: Point) -> float:
     """Median time of a decode step of sequences that count as read: what their keys and values are does not change the time."""
     vocab_size = engine.runner.model.config.vocab_size
-    sequences = []
     for _ in range(point.batch):
-        sequences += engine.add(random_request(vocab_size, point.context, STEPS + 1))
-    engine.scheduler.schedule()  # gives them blocks; what it would have read first is not read
-    for sequence in sequences:
-        sequence.num_computed_tokens = sequence.num_touched_tokens = point.context - 1
+        engine.add(random_request(vocab_size, point.context, STEPS + 1))
+    while engine.scheduler.waiting:
+        engine.scheduler.schedule()  # gives blocks to as many as may read at once; what they would have read is not read
+        for sequence in engine.scheduler.running:
+            sequence.num_computed_tokens = sequence.num_touched_tokens = point.context - 1
     times = []
     while engine.has_work():
         started = time.perf_counter()

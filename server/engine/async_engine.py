@@ -16,8 +16,10 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 
+from lrt_core.grammar import Grammar, GrammarSource
 from lrt_core.tokenizer import Tokenizer
 from server.engine.engine import Engine
+from server.engine.grammars import GrammarCache
 from server.engine.request import AdmissionError, Delta, GenerationRequest, RequestError
 from server.engine.sample import Sample
 from server.engine.stats import EngineObserver, NullObserver, TokenTimes
@@ -65,6 +67,7 @@ class AsyncEngine:
         self.observer: EngineObserver = observer or NullObserver()
         self.error: BaseException | None = None
         self.is_draining = False
+        self.grammars = GrammarCache(tokenizer, engine.eos_ids)
         self._worker: EngineWorker | None = None
         self._streams: set[RequestStream] = set()
         self._consumers: dict[int, tuple[RequestStream, Sample]] = {}
@@ -111,6 +114,12 @@ class AsyncEngine:
             self._worker.stop()
             await asyncio.to_thread(self._worker.join)
             self._worker = None
+            await self.grammars.close()
+
+    async def compile(self, source: GrammarSource) -> Grammar:
+        """What a request's `grammar` has to be. Raises GrammarError, or AdmissionError when no request is taken."""
+        self._refuse_if_unable(0)
+        return await self.grammars.get(source)
 
     def admit(self, request: GenerationRequest) -> RequestStream:
         """Queue a request and return its stream; raises as `admit_all`."""
@@ -213,6 +222,9 @@ class AsyncEngine:
             self.observer.on_tokens(times)
 
     def _deliver_one(self, stream: RequestStream, sample: Sample, item: SampleOutput, now: float, times: TokenTimes) -> None:
+        if item.error is not None:
+            self._fail(stream, item.error, now)
+            return
         if item.token is not None:
             sample.count_token(now, times)
         delta = sample.make_delta(item)
@@ -224,6 +236,18 @@ class AsyncEngine:
             self._worker.finish(sample.key, delta.finish_reason)
         self._end(stream, sample, delta, now)
 
+    def _fail(self, stream: RequestStream, message: str, now: float) -> None:
+        """A sample's grammar has failed, and with it the request."""
+        grammar = stream.request.grammar
+        assert self._worker is not None and grammar is not None
+        self.grammars.forget(grammar.source)
+        for sample in stream.samples:
+            if self._consumers.pop(sample.key, None) is not None:
+                self._worker.finish(sample.key, "abort")
+                self.observer.on_finished(sample.stats("abort", now))
+        stream.fail(RequestError(f"'{grammar.source.origin}' cannot be followed further: {message}", grammar.source.origin))
+        self._discard(stream)
+
     def _end(self, stream: RequestStream, sample: Sample, last: Delta, now: float) -> None:
         """A sample's last delta."""
         assert last.finish_reason is not None
@@ -231,9 +255,12 @@ class AsyncEngine:
         self.observer.on_finished(sample.stats(last.finish_reason, now))
         stream.push(last)
         if not any(sample.key in self._consumers for sample in stream.samples):
-            self._streams.discard(stream)
-            if not self._streams:
-                self._idle.set()
+            self._discard(stream)
+
+    def _discard(self, stream: RequestStream) -> None:
+        self._streams.discard(stream)
+        if not self._streams:
+            self._idle.set()
 
     def _die(self) -> None:
         error = EngineDeadError("the engine failed")

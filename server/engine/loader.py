@@ -10,8 +10,10 @@ from typing import Literal
 
 import torch
 
+from lrt_core.chat import ChatTemplate, ChatTemplateError
 from lrt_core.checkpoint import expected_shapes, load_config, load_generation_config, load_model, load_tokenizer
 from lrt_core.config import ModelConfig
+from lrt_core.files import CheckpointError, read_text
 from lrt_core.fused import fuse
 from lrt_core.hardware import available_memory, has_fast_bf16
 from lrt_core.kernels import is_native
@@ -19,6 +21,7 @@ from lrt_core.model import LatentRecurrentTransformer
 from lrt_core.native_model import NativeModel, can_run
 from lrt_core.packed import pack
 from lrt_core.paged import PagedPool
+from lrt_core.tokenizer import Tokenizer
 from server.engine.async_engine import AsyncEngine
 from server.engine.config import EngineConfig, PrefillMode
 from server.engine.engine import Engine
@@ -82,6 +85,20 @@ def load_engine(options: LoadOptions, observer: EngineObserver | None = None) ->
     runner = _make_runner(serving_model(model, config.max_model_len, options.quantize == "int8"), config)
     engine = Engine(runner, generation.eos_token_ids, options.check_invariants, weights_id=weights_id)
     return AsyncEngine(engine, tokenizer, observer)
+
+
+def load_chat_template(tokenizer: Tokenizer, file: Path | None) -> ChatTemplate | None:
+    """The chat template in `file`, else the checkpoint's; None if it has none. Raises LoadError for one that is broken."""
+    if file is None and tokenizer.chat_template is None:
+        return None
+    try:
+        source = tokenizer.chat_template if file is None else read_text(file)
+        assert source is not None
+        return ChatTemplate(source, tokenizer)
+    except (ChatTemplateError, CheckpointError) as error:
+        where = "the checkpoint's chat template" if file is None else "--chat-template"
+        path = "" if file is None or isinstance(error, CheckpointError) else f"{file}: "
+        raise LoadError(f"{where}: {path}{error}") from None
 
 
 def serving_model(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from lrt_core.grammar import Grammar
 from lrt_core.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -58,6 +59,8 @@ class GenerationRequest:
     logprobs, prompt_logprobs: None for none, else how many alternatives to report beside each token's own logprob.
     priority: lower values are served first. cache_salt: cached blocks are shared only among requests of equal salt.
     latents: which to hand over with each sample's last delta: of the last computed token, or of all; None for none.
+    grammar: what every sample has to match; where it is complete, an end-of-sequence id may end the sample. Of a sample that
+    ignores those ids (or a model that has none) the end is where nothing can follow.
     """
 
     request_id: str
@@ -70,6 +73,7 @@ class GenerationRequest:
     priority: int = 0
     cache_salt: str | None = None
     latents: LatentsWanted | None = None
+    grammar: Grammar | None = None
 
 
 class TokenLogprob(NamedTuple):

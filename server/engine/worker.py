@@ -39,6 +39,8 @@ class SampleOutput(NamedTuple):
     token: TokenLogprob | None
     prompt_logprobs: list[TokenLogprob] | None
     finish_reason: FinishReason | None
+    latents: bytes | None = None
+    error: str | None = None
 
 
 class StepReport(NamedTuple):
@@ -105,13 +107,14 @@ class EngineWorker:
             if self._commands.empty() and self.engine.has_work():
                 return True
             command = self._commands.get()
-            if command is None:
-                return False
-            command()
+            if command is not None:
+                command()
             if not self.engine.has_work() and self._commands.empty():
                 stats = StepStats()
                 self.engine.fill_gauges(stats)
                 self._report(StepReport([], [], stats))
+            if command is None:
+                return False
 
     def _add(self, request: GenerationRequest, first_key: int) -> None:
         for key, sequence in enumerate(self.engine.add(request), first_key):
@@ -141,4 +144,4 @@ class EngineWorker:
         key = self._keys[sequence]
         if item.finish_reason is not None:
             self._forget(sequence, key)
-        return SampleOutput(key, item.token, item.prompt_logprobs, item.finish_reason)
+        return SampleOutput(key, item.token, item.prompt_logprobs, item.finish_reason, item.latents, item.error)

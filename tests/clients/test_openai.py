@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -45,6 +46,32 @@ def test_asynchronous_stream(server: Running) -> None:
             return [f"{chunk.choices[0].index}{chunk.choices[0].text}" async for chunk in stream]
 
     assert sorted(asyncio.run(read())) == ["0a", "0b", "0c", "1a", "1b", "1c"]
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "hi"}], logprobs=True, top_logprobs=1, max_completion_tokens=3
+    )
+    (choice,) = answer.choices
+    assert (choice.message.content, choice.finish_reason) == ("abc", "length")
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    assert [entry.token for entry in choice.logprobs.content] == ["a", "b", "c"]
+    turns: Any = [{"role": "user", "content": "hi"}, choice.message.model_dump(), {"role": "user", "content": "?"}]
+    again = client.chat.completions.create(model="tiny", messages=turns)
+    assert again.choices[0].message.content == "abc"
+
+
+def test_chat_stream(client: openai.OpenAI) -> None:
+    chunks = list(client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}], stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "abc"
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * 4 + ["length"]
+
+
+def test_chat_refuses_tools(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="tiny", messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])
+    assert refused.value.param == "messages.0.role"
 
 
 def test_models(client: openai.OpenAI) -> None:

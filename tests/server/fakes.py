@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
+from lrt_core.chat import ChatTemplate
+from lrt_core.grammar import Grammar, GrammarCompiler, GrammarSource
 from server.api.app import create_app
 from server.api.service import Service
 from server.engine.config import EngineConfig
@@ -128,6 +130,10 @@ class FakeEngine:
     def check(self, request: GenerationRequest) -> None:
         """Everything fits."""
 
+    async def compile(self, source: GrammarSource) -> Grammar:
+        """At once, without a process of its own."""
+        return GrammarCompiler(self.tokenizer, self.tokenizer.eos_ids).compile(source)
+
     def admit_all(self, requests: Iterable[GenerationRequest]) -> list[FakeStream]:
         requests = list(requests)
         for request in requests:
@@ -149,7 +155,8 @@ class FakeEngine:
 
 
 def make_app(engine: Any, *, max_body_size: int = 10_000, lenient: bool = False) -> FastAPI:
-    """The application around an engine, real or not."""
+    """The application around an engine, real or not, with its tokenizer's chat template."""
+    source = engine.tokenizer.chat_template
     return create_app(
         Service(
             engine=engine,
@@ -159,6 +166,7 @@ def make_app(engine: Any, *, max_body_size: int = 10_000, lenient: bool = False)
             exposition=lambda: b"# the metrics page\n",
             max_body_size=max_body_size,
             lenient=lenient,
+            chat=None if source is None else ChatTemplate(source, engine.tokenizer),
         )
     )
 
@@ -178,6 +186,12 @@ def complete(engine: Any, lenient: bool = False, **fields: Any) -> httpx.Respons
     """POST /v1/completions with `model` and `prompt` filled in unless given."""
     body = {"model": NAME, "prompt": "hi", **fields}
     return call(make_app(engine, lenient=lenient), "POST", "/v1/completions", content=json.dumps(body))
+
+
+def chat(engine: Any, lenient: bool = False, **fields: Any) -> httpx.Response:
+    """POST /v1/chat/completions with `model` and `messages` filled in unless given."""
+    body = {"model": NAME, "messages": [{"role": "user", "content": "hi"}], **fields}
+    return call(make_app(engine, lenient=lenient), "POST", "/v1/chat/completions", content=json.dumps(body))
 
 
 def events(response: httpx.Response) -> list[Any]:

@@ -81,7 +81,7 @@ def test_undeclared_size_is_refused_at_the_limit() -> None:
     ("method", "path", "status"),
     [
         ("GET", "/nowhere", 404),
-        ("POST", "/v1/chat/completions", 404),
+        ("POST", "/v1/chat", 404),
         ("POST", "/v1/completions/", 404),
         ("GET", "/v1/completions", 405),
         ("DELETE", "/v1/models", 405),

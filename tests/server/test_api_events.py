@@ -26,3 +26,11 @@ def test_chunks_are_what_a_plain_encoding_says(
 ) -> None:
     choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason, "stop_reason": None, **more}
     assert ChunkWriter(HEAD, tail).write(choice) == event({**HEAD, "choices": [choice], **tail})
+    delta = {"index": index, "delta": {"content": text}, **{key: choice[key] for key in list(choice)[2:]}}
+    assert ChunkWriter(HEAD, tail).write(delta) == event({**HEAD, "choices": [delta], **tail})
+
+
+@pytest.mark.parametrize("delta", [{}, {"role": "assistant", "content": ""}])
+def test_chunks_without_an_ordinary_token(delta: dict[str, str]) -> None:
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None, "stop_reason": None}
+    assert ChunkWriter(HEAD, {}).write(choice) == event({**HEAD, "choices": [choice]})

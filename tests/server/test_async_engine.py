@@ -8,6 +8,7 @@ import pytest
 
 from server.engine.async_engine import AsyncEngine, EngineDeadError
 from server.engine.request import AdmissionError, RequestError
+from server.engine.worker import EngineWorker, StepReport
 from tests.engines import make_engine, oracle, request
 from tests.server.async_bench import MODEL, TOKENIZER, Bench, collect, ids_of, lettered, plain_text, run, text_of
 
@@ -346,3 +347,16 @@ def test_requests_that_belong_together_are_admitted_together_or_not_at_all() -> 
         assert bench.recorder.rejections == ["queue_full"]
 
     run(test)
+
+
+def test_what_ends_as_the_thread_stops_leaves_the_gauges_at_zero() -> None:
+    reports: list[StepReport] = []
+    deaths: list[BaseException] = []
+    worker = EngineWorker(make_engine(MODEL), reports.append, deaths.append)
+    worker.add(request([1, 2, 3]), 0)
+    worker.finish(0, "abort")
+    worker.stop()
+    worker.start()
+    worker.join()
+    assert deaths == []
+    assert (reports[-1].stats.num_running, reports[-1].stats.num_waiting, reports[-1].stats.kv_cache_usage) == (0, 0, 0)

@@ -163,12 +163,12 @@ def test_cold_cases_walk_through_more_than_a_cache(monkeypatch: pytest.MonkeyPat
 
 
 def test_growth_draws_what_it_measures(tmp_path: Path) -> None:
-    sizes = ["--batches", "1", "3", "--contexts", "8", "100", "--prompt-lens", "4", "90", "--plots", str(tmp_path / "plots")]
+    sizes = ["--batches", "1", "20", "--contexts", "8", "100", "--prompt-lens", "4", "90", "--plots", str(tmp_path / "plots")]
     data = run(tmp_path, "growth", "--model", "d12", "--variant", "layerwise", "plain", *sizes)
     decode = [figure for figure in data["figures"] if figure["kind"] == "decode"]
     prompts = [figure for figure in data["figures"] if figure["kind"] == "prompt"]
     points = [(figure["model"], figure["batch"], figure["context"]) for figure in decode]
-    assert points == [(f"d12 {v}", b, c) for v in ("layerwise", "plain") for c in (8, 100) for b in (1, 3)]
+    assert points == [(f"d12 {v}", b, c) for v in ("layerwise", "plain") for c in (8, 100) for b in (1, 20)]
     assert [(figure["model"], figure["prompt_len"]) for figure in prompts] == [
         (f"d12 {v}", n) for v in ("layerwise", "plain") for n in (4, 90)
     ]

@@ -11,9 +11,10 @@ import torch
 
 from lrt_core.checkpoint import CheckpointError, load_model, save_checkpoint
 from lrt_core.kernels import is_native, native
+from lrt_core.official_tokenizer import CHAT_TEMPLATE
 from lrt_core.paged import PagedPool
 from server.engine import loader
-from server.engine.loader import LoadError, LoadOptions, fingerprint, is_small, load_engine, resolve
+from server.engine.loader import LoadError, LoadOptions, fingerprint, is_small, load_chat_template, load_engine, resolve
 from tests.engines import oracle, request
 from tests.helpers import tiny_config, tiny_model, tiny_tokenizer
 
@@ -133,3 +134,25 @@ def test_a_fingerprint_names_the_weights(tmp_path: Path) -> None:
     assert fingerprint(load_model(tmp_path / "c")) == name
     assert fingerprint(tiny_model(seed=1)) != name
     assert fingerprint(model.to(torch.bfloat16)) != name
+
+
+def test_the_chat_template_is_the_checkpoints_unless_a_file_is_given(tmp_path: Path) -> None:
+    file = tmp_path / "other.jinja"
+    file.write_text("other", "utf-8")
+    own = load_chat_template(tiny_tokenizer(), None)
+    assert own is not None and own.source == CHAT_TEMPLATE
+    for tokenizer in (tiny_tokenizer(), tiny_tokenizer(chat_template=None)):
+        given = load_chat_template(tokenizer, file)
+        assert given is not None and given.source == "other"
+    assert load_chat_template(tiny_tokenizer(chat_template=None), None) is None
+
+
+def test_a_broken_chat_template(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"^the checkpoint's chat template: line 1: "):
+        load_chat_template(tiny_tokenizer(chat_template="{% if %}"), None)
+    file = tmp_path / "broken.jinja"
+    with pytest.raises(LoadError, match=r"^--chat-template: .*broken\.jinja: file not found"):
+        load_chat_template(tiny_tokenizer(), file)
+    file.write_text("\n{{ 1 | nope }}", "utf-8")
+    with pytest.raises(LoadError, match=r"^--chat-template: .*broken\.jinja: line 2: No filter named 'nope'"):
+        load_chat_template(tiny_tokenizer(), file)

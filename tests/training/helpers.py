@@ -9,6 +9,7 @@ from typing import Any
 from tests.helpers import tiny_config, tiny_tokenizer
 from training.config import TrainingConfig
 from training.data import Corpus, Document
+from training.schedules.flags import option_names
 from training.trainer import Trainer
 
 
@@ -20,7 +21,12 @@ def tiny_corpus() -> Corpus:
 
 
 def tiny_run(**overrides: Any) -> TrainingConfig:
-    """Six steps of two rows of 24 tokens in float32, with everything periodic happening on the way."""
+    """Six steps of two rows of 24 tokens in float32, with everything periodic happening on the way.
+
+    Options of the schedule may stand among the overrides.
+    """
+    options = {name: overrides.pop(name) for name in option_names() if name in overrides}
+    overrides.setdefault("schedule_options", options)
     model = tiny_config(sequence_len=24, **overrides.pop("model", {}))
     base = TrainingConfig(
         model=model,

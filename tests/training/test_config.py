@@ -35,6 +35,13 @@ def test_json_round_trip(name: str) -> None:
         ("time_budget", 0.0, "time_budget must be above 0"),
         ("data", (), "data must name"),
         ("schedule", "baseline", "needs a model without recurrence"),
+        (
+            "num_refinements",
+            2,
+            "num_refinements is no option of the schedule interleaved .its options: num_subsets, kv_refresh",
+        ),
+        ("num_subsets", "two", "num_subsets must be of type int, got 'two'"),
+        ("compile", 1, "compile must be true or false"),
     ],
 )
 def test_bad_values_are_named(field: str, value: Any, message: str) -> None:

@@ -96,7 +96,7 @@ def test_records(tmp_path: Path, suffix: str) -> None:
     lines = [json.dumps({"text": f"record {index}", "source": "test"}) for index in range(20)]
     data = "\n".join([*lines[:10], "", *lines[10:]]).encode()
     path = tmp_path / f"data{suffix}"
-    path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if suffix.endswith("gz") else data)
     corpus = load_corpus([str(path)], 0.3, 4096)
     assert {document.text for document in corpus.train + corpus.validation} == {f"record {index}" for index in range(20)}
     assert corpus.skipped == []
@@ -135,8 +135,8 @@ def test_a_file_without_any_record_is_an_error(tmp_path: Path) -> None:
     [
         ("data.txt", b"\xff\xfe\x00", "cannot be read"),
         ("data.jsonl.gz", b"not gzip", "cannot be read"),
-        ("data.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-12], "cannot be read"),
-        ("data.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 40, "cannot be read"),
+        ("data.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:-12], "cannot be read"),
+        ("data.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 40, "cannot be read"),
         ("data.parquet", b"PAR1", "unknown kind of file"),
     ],
 )

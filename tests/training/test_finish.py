@@ -36,7 +36,7 @@ def test_the_card_says_how_the_model_came_to_be(tmp_path: Path) -> None:
     for said in (
         "    lrt-train --preset tiny\n",
         "Seed 7; 1 steps of 2 x 24 tokens, 48 tokens in all",
-        "schedule `interleaved`, S = 2",
+        "schedule `interleaved`, subsets: 2",
         "`python-sources`: 12 training pieces",
         "The model writes\nPython",
         "licences of their packages",

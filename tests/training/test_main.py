@@ -55,7 +55,8 @@ def test_settings_reach_the_run_and_the_card(data: Path, tmp_path: Path) -> None
     settings = ["--num-subsets", "4", "--kv-refresh", "--seed", "5", "--batch-size", "3", "--time-budget", "3600"]
     assert train(data, "--run", str(tmp_path / "run"), *settings, "--precision", "float32") == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    wanted = {"num_subsets": 4, "kv_refresh": True, "seed": 5, "batch_size": 3, "time_budget": 3600.0, "num_steps": 6}
+    options = {"num_subsets": 4, "kv_refresh": True}
+    wanted = {"schedule_options": options, "seed": 5, "batch_size": 3, "time_budget": 3600.0, "num_steps": 6}
     assert wanted.items() <= config.items()
     card = (tmp_path / "run" / "checkpoint" / "README.md").read_text()
     assert "--num-subsets 4 --kv-refresh --steps 6 --time-budget 3600 --batch-size 3 --seed 5" in card
@@ -112,6 +113,10 @@ def test_skipped_records_are_reported(data: Path, tmp_path: Path, capsys: pytest
         (["--data", "nowhere"], "nowhere: no such file or folder"),
         (["--steps", "0"], "num_steps must be an integer of at least 1"),
         (["--finish"], "--finish needs --resume RUN"),
+        (["--init-from", "nowhere"], "nowhere"),
+        (["--chunk-len", "4"], "--chunk-len is an option of chunked, not of interleaved"),
+        (["--schedule", "multi_refine", "--loss-weights", "1,2"], "loss_weights must be 3 numbers"),
+        (["--resume", "nowhere", "--chunk-len", "4"], "--chunk-len cannot be given"),
         (["--resume", "nowhere"], "config.json: file not found"),
         (["--resume", "nowhere", "--batch-size", "3"], "--batch-size cannot be given"),
         (["--device", "abacus"], "--device abacus: no such kind of device"),

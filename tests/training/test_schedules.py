@@ -53,17 +53,24 @@ class WholeBuffers:
             self.keys[layer] = torch.where(unvisited[None, :, None, None], fresh, self.keys[layer])
 
 
-def reference(model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor, subsets: int, refresh: bool) -> list[Tensor]:
-    """The mean loss of every forward, refreshing after each of them."""
+def reference(
+    model: LatentRecurrentTransformer,
+    tokens: Tensor,
+    targets: Tensor,
+    subsets: int,
+    refresh: bool,
+    given: Tensor | None = None,
+) -> list[Tensor]:
+    """The mean loss of every forward, refreshing after each of them; given: latents to start from."""
     length = tokens.shape[1]
     everything = torch.arange(length)
-    zeros = torch.zeros(*tokens.shape, model.config.hidden_size)
+    start = torch.zeros(*tokens.shape, model.config.hidden_size) if given is None else shift(given)
     causal = CausalKV(model.config, record=True)
-    hidden, latents = model(tokens, everything, zeros, causal)
+    hidden, latents = model(tokens, everything, start, causal)
     losses = [F.cross_entropy(model.logits(hidden).flatten(0, 1), targets.flatten())]
     assert causal.recorded is not None
     buffers = WholeBuffers(model, causal.recorded)
-    refreshed_with, visited = zeros, torch.zeros(length, dtype=torch.bool)
+    refreshed_with, visited = start, torch.zeros(length, dtype=torch.bool)
     for subset in range(subsets):
         memory = shift(latents)
         if refresh:

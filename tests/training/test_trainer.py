@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from lrt_core.files import CheckpointError
-from tests.training.helpers import tiny_corpus, tiny_run, tiny_trainer
+from tests.training.helpers import tiny_corpus, tiny_trainer
 from training.config import OptimizerConfig
 from training.data import Document
 from training.state import STATE_FILE, StateError
@@ -23,7 +22,15 @@ def read_log(run: Path, event: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == event]
 
 
-@pytest.mark.parametrize("overrides", [{}, {"model": {"recurrence": None}}, {"num_subsets": 3, "kv_refresh": True}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"model": {"recurrence": None}},
+        {"num_subsets": 3, "kv_refresh": True},
+        {"schedule": "multi_refine", "num_refinements": 1, "loss_weights": (0.3, 0.7), "recompute": True},
+    ],
+)
 def test_learns(tmp_path: Path, overrides: dict[str, Any]) -> None:
     trainer = tiny_trainer(tmp_path, num_steps=40, **overrides)
     before = trainer.evaluate()["bpb"]
@@ -186,7 +193,6 @@ def test_precision() -> None:
 
 
 def test_tokens_are_counted_once_a_step_whatever_the_schedule(tmp_path: Path) -> None:
-    config = replace(tiny_run(), num_subsets=4)
-    trainer = tiny_trainer(tmp_path, num_subsets=config.num_subsets)
+    trainer = tiny_trainer(tmp_path, num_subsets=4)
     trainer.step()
     assert trainer.num_tokens_done == 48

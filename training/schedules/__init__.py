@@ -1,7 +1,8 @@
 """Training schedules: which forwards a step makes and what each is fed.
 
-A schedule is a function (model, tokens, targets) -> Losses; each file here holds one, and adding one adds one file and one
-line to `training/config.py`. The trainer backpropagates `total`; evaluation reads `passes`.
+A schedule is a function (model, tokens, targets) -> Losses; each file here holds one of the file's own name, marked with
+`registry.schedule`, and adding one adds one file: its options become settings of a run and flags of the commands. The trainer
+backpropagates `total`; evaluation reads `passes`.
 """
 
 from __future__ import annotations

@@ -7,48 +7,63 @@ Shapes: B batch, T tokens, D hidden size, S subsets; subset i holds the position
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from lrt_core.kernels import rope_norm
 from lrt_core.kv import BufferedKV, CausalKV, Heads
-from lrt_core.memory import shift
+from lrt_core.memory import ZERO_MEMORY, shift
 from lrt_core.model import LatentRecurrentTransformer, make_rope
 from training.schedules.losses import Losses, PassLosses, mean_of_passes, token_losses
+from training.schedules.registry import check_model, schedule
 
 
+@schedule(recurrent=True)
 def interleaved(
-    model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor, *, num_subsets: int = 2, kv_refresh: bool = False
+    model: LatentRecurrentTransformer,
+    tokens: Tensor,
+    targets: Tensor,
+    *,
+    num_subsets: Annotated[int, "S, the subsets of positions"] = 2,
+    kv_refresh: Annotated[bool, "re-project keys and values of positions not visited yet"] = False,
+    latents: Tensor | None = None,
 ) -> Losses:
     """Losses of the S+1 forwards, the first with zero memory and over all positions, the others over their subset.
 
     Subset i reads the latest latents shifted by one; its fresh keys and values replace the buffered ones, its latents the
     earlier ones. `kv_refresh` re-projects the keys and values of positions not visited yet from the latest latents.
-    ValueError for a model without recurrence or a sequence shorter than S.
+    latents [B, T, D]: of a rollout, say; the first forward then reads them, shifted and detached, instead of zeros, so that the
+    buffers start near what decoding saw. ValueError for a model without recurrence, a sequence shorter than S or latents of
+    another shape.
     """
-    _check(model, tokens, num_subsets)
+    _check(model, tokens, num_subsets, latents)
     positions = torch.arange(tokens.shape[1], device=tokens.device)
-    first = CausalKV(model.config, record=True)
-    hidden, latents = model(tokens, positions, model.zero_memory(*tokens.shape), first)
+    first = CausalKV(model.config, record=True, recompute=model.recompute)
+    given = None if latents is None else shift(latents.detach())
+    hidden, new = model(tokens, positions, ZERO_MEMORY if given is None else given, first)
     assert first.recorded is not None
-    buffer = BufferedKV(model.config, first.recorded, num_subsets)
+    buffer = BufferedKV(model.config, first.recorded, num_subsets, recompute=model.recompute)
     if kv_refresh:
-        refresh(model, buffer, first.recorded, shift(latents))
+        refresh(model, buffer, first.recorded, shift(new), given)
     passes = [PassLosses(positions, token_losses(model, hidden, targets))]
-    latest, token_parts, target_parts = buffer.split(latents), buffer.split(tokens), buffer.split(targets)
+    latest, token_parts, target_parts = buffer.split(new), buffer.split(tokens), buffer.split(targets)
     for subset in range(num_subsets):
         positions = buffer.begin(subset)
         memory = _memory_of(subset, latest)
         hidden, latest[subset] = model(token_parts[subset], positions, memory, buffer)
         passes.append(PassLosses(positions, token_losses(model, hidden, target_parts[subset])))
-    return mean_of_passes(passes)
+    return mean_of_passes(passes, targets)
 
 
-def _check(model: LatentRecurrentTransformer, tokens: Tensor, num_subsets: int) -> None:
-    if model.config.recurrence is None:
-        raise ValueError("the interleaved schedule trains recurrent models; use baseline for this one")
+def _check(model: LatentRecurrentTransformer, tokens: Tensor, num_subsets: int, latents: Tensor | None) -> None:
+    check_model(model, "interleaved")
     if not 1 <= num_subsets <= tokens.shape[1]:
         raise ValueError(f"num_subsets must lie in 1..{tokens.shape[1]} (the sequence), got {num_subsets}")
+    wanted = (*tokens.shape, model.config.hidden_size)
+    if latents is not None and latents.shape != wanted:
+        raise ValueError(f"latents must have the shape {list(wanted)}, got {list(latents.shape)}")
 
 
 def _memory_of(subset: int, latest: list[Tensor]) -> Tensor:
@@ -61,18 +76,22 @@ def _memory_of(subset: int, latest: list[Tensor]) -> Tensor:
     return torch.cat([zeros, latest[-1][:, : latest[0].shape[1] - 1]], dim=1)
 
 
-def refresh(model: LatentRecurrentTransformer, buffer: BufferedKV, recorded: list[Heads], memory: Tensor) -> None:
-    """Re-project buffered keys and values from `memory` [B, T, D] with the gates of the first forward, whose memory was zero.
+def refresh(
+    model: LatentRecurrentTransformer, buffer: BufferedKV, recorded: list[Heads], memory: Tensor, before: Tensor | None = None
+) -> None:
+    """Re-project buffered keys and values from `memory` [B, T, D] with the gates of the first forward.
 
-    Subset 0 is left out: its own forward comes next and replaces it. For the same reason once is enough: a subset's
-    new latents change only the memories of the subset after it, which is computed afresh next; all others keep theirs.
+    before: the first forward's own memory, None for zeros. Subset 0 is left out: its own forward comes next and replaces it.
+    For the same reason once is enough: a subset's new latents change only the memories of the subset after it, which is
+    computed afresh next; all others keep theirs.
     """
     if model.memory_projection is None:
         return
-    memories = buffer.split(memory)
+    # The projections are linear: the change projected is the projections' change.
+    changes = buffer.split(memory if before is None else memory - before)
     for subset in range(1, buffer.num_subsets):
         rope = make_rope(model.config, buffer.positions[subset])
-        for layer, (heads, projected) in enumerate(zip(recorded, model.memory_projection(memories[subset]), strict=True)):
+        for layer, (heads, projected) in enumerate(zip(recorded, model.memory_projection(changes[subset]), strict=True)):
             assert heads.memory_gate is not None
             gate = buffer.split(heads.memory_gate)[subset]
             raw_key = buffer.split(heads.raw_key)[subset] + gate * projected.key

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary, R = B*T rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,12 @@ _CHUNK_ELEMENTS = 1 << 19
 """Logits per chunk: two megabytes of float32, which stay in a core's cache from the product to the gradient."""
 
 
+IGNORE = -100
+"""In the place of a target: this position has none."""
+
+
 class PassLosses(NamedTuple):
-    """One forward: the positions [T_i] it computed and the loss of each target, [B, T_i], in nats."""
+    """One forward: the positions [T_i] it computed, and each target's loss, [B, T_i], in nats, 0 at IGNORE."""
 
     positions: Tensor
     token_losses: Tensor
@@ -32,7 +37,7 @@ class Losses(NamedTuple):
 
 
 def token_losses(model: LatentRecurrentTransformer, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of `model.logits`: hidden [B, T, D] and targets [B, T] -> float32 [B, T], in nats.
+    """Cross entropy of `model.logits`: hidden [B, T, D] and targets [B, T] -> float32 [B, T], in nats, 0 at IGNORE.
 
     Under autocast the head's product runs in autocast's type, like the model's own.
     """
@@ -41,14 +46,18 @@ def token_losses(model: LatentRecurrentTransformer, hidden: Tensor, targets: Ten
     weight = model.head.weight[: model.config.vocab_size].to(dtype)
     rows = hidden.flatten(0, 1).to(dtype)
     losses: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        rows, weight, targets.flatten(), model.config.logit_softcap
+        rows, weight, targets.flatten().clamp(min=0), model.config.logit_softcap
     )
-    return losses.view(targets.shape)
+    return losses.view(targets.shape).masked_fill(targets == IGNORE, 0.0)
 
 
-def mean_of_passes(passes: list[PassLosses]) -> Losses:
-    """Every forward weighs the same, whatever the number of its positions."""
-    return Losses(torch.stack([one.token_losses.mean() for one in passes]).mean(), passes)
+def mean_of_passes(passes: list[PassLosses], targets: Tensor, weights: Sequence[float] | None = None) -> Losses:
+    """Every forward's mean over its targets, of targets [B, T], weighs the same, whatever their number, or as `weights` say."""
+    means = [one.token_losses.sum() / (targets[:, one.positions] != IGNORE).sum().clamp(min=1) for one in passes]
+    if weights is None:
+        return Losses(torch.stack(means).mean(), passes)
+    shares = torch.tensor(weights, dtype=means[0].dtype, device=targets.device)
+    return Losses((torch.stack(means) * shares).sum() / shares.sum(), passes)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -57,7 +66,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
         """hidden [R, D], weight [V, D], targets [R] -> float32 [R]."""
-        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device)
         normalizers = torch.empty_like(losses)
         for rows in _chunks(hidden, weight):
             logits = _tanh(hidden[rows], weight, cap).mul_(cap)
@@ -73,7 +82,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """grad [R] -> gradients of hidden and weight."""
         hidden, weight, targets, normalizers = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        grad_weight = torch.zeros(weight.shape, dtype=_wide(weight), device=weight.device)
         for rows in _chunks(hidden, weight):
             tanh = _tanh(hidden[rows], weight, ctx.cap)
             delta = (tanh * ctx.cap).sub_(normalizers[rows, None]).exp_()
@@ -91,4 +100,9 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 def _tanh(hidden: Tensor, weight: Tensor, cap: float) -> Tensor:
-    return (hidden @ weight.T).float().div_(cap).tanh_()
+    return (hidden @ weight.T).to(_wide(hidden)).div_(cap).tanh_()
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The type of losses and sums: at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,96 @@
+"""Compiled grammars for the event loop: off its thread and the engine's, each once, the latest kept.
+
+Neighbours: `async_engine.py` owns one, `grammar_probe.py` tries each new source out first, `lrt_core/grammar.py` compiles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from lrt_core.grammar import Grammar, GrammarCompiler, GrammarError, GrammarSource
+from lrt_core.tokenizer import Tokenizer
+from server.engine.grammar_probe import Probe
+
+logger = logging.getLogger(__name__)
+
+MAX_GRAMMARS = 64
+MAX_BYTES = 2 * 2**20
+"""Bounds of what is kept: grammars, and characters of their sources in all."""
+
+
+class GrammarCache:
+    """Grammars by source, the least recently used dropped first; what is wrong with a bad one is remembered too.
+
+    All methods belong to one event loop.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, eos_ids: Collection[int], max_grammars: int = MAX_GRAMMARS, max_bytes: int = MAX_BYTES
+    ) -> None:
+        self._tokenizer, self._eos_ids = tokenizer, frozenset(eos_ids)
+        self.max_grammars, self.max_bytes = max_grammars, max_bytes
+        self._tasks: OrderedDict[GrammarSource, asyncio.Task[Grammar]] = OrderedDict()
+        self._size = 0
+        self._probe = Probe()
+        self._compiler: GrammarCompiler | None = None
+        self._is_closed = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lrt-grammar")
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    @property
+    def size(self) -> int:
+        """Characters of the sources that are kept."""
+        return self._size
+
+    async def get(self, source: GrammarSource) -> Grammar:
+        """The compiled source. Raises GrammarError."""
+        task = self._tasks.get(source)
+        if task is None:
+            task = asyncio.ensure_future(self._compile(source))
+            task.add_done_callback(lambda done: self._settle(source, done))
+            self._tasks[source] = task
+            self._size += len(source.text)
+        self._tasks.move_to_end(source)
+        self._trim()
+        # Others may wait for the same grammar: who gives up must not take it from them.
+        return replace(await asyncio.shield(task), source=source)
+
+    def forget(self, source: GrammarSource) -> None:
+        """Compile it anew the next time."""
+        if self._tasks.pop(source, None) is not None:
+            self._size -= len(source.text)
+
+    async def close(self) -> None:
+        """End the process and the thread, after what is being compiled. Idempotent; nothing can be compiled afterwards."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._probe.close)
+        self._thread.shutdown()
+
+    async def _compile(self, source: GrammarSource) -> Grammar:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._compile_now, source)
+
+    def _compile_now(self, source: GrammarSource) -> Grammar:
+        self._probe.check(source)
+        if self._compiler is None:
+            self._compiler = GrammarCompiler(self._tokenizer, self._eos_ids)
+        return self._compiler.compile(source)
+
+    def _settle(self, source: GrammarSource, task: asyncio.Task[Grammar]) -> None:
+        """A failure that is not the source's own is no reason to fail the next time."""
+        if task.cancelled() or (task.exception() is not None and not isinstance(task.exception(), GrammarError)):
+            if self._tasks.get(source) is task:
+                self.forget(source)
+            logger.error("compiling a grammar failed", exc_info=None if task.cancelled() else task.exception())
+
+    def _trim(self) -> None:
+        while len(self._tasks) > self.max_grammars or (self._size > self.max_bytes and len(self._tasks) > 1):
+            self.forget(next(iter(self._tasks)))

@@ -1,0 +1,142 @@
+"""The cache of compiled grammars, and the process that hostile ones are tried out in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from lrt_core.grammar import GrammarError, GrammarSource
+from server.engine.grammar_probe import Probe, byte_compiler, try_out
+from server.engine.grammars import GrammarCache
+from tests.helpers import tiny_tokenizer
+
+
+def with_cache(play: Callable[[GrammarCache], Awaitable[None]], **bounds: Any) -> None:
+    async def run() -> None:
+        tokenizer = tiny_tokenizer()
+        cache = GrammarCache(tokenizer, tokenizer.eos_ids, **bounds)
+        try:
+            await play(cache)
+        finally:
+            await cache.close()
+
+    asyncio.run(run())
+
+
+def regex(text: str) -> GrammarSource:
+    return GrammarSource("regex", text)
+
+
+def test_a_source_is_compiled_once_for_all_that_ask() -> None:
+    async def play(cache: GrammarCache) -> None:
+        first, second = await asyncio.gather(cache.get(regex("a+")), cache.get(GrammarSource("regex", "a+", "elsewhere")))
+        assert first._matcher is second._matcher
+        assert (first.source.origin, second.source.origin) == ("grammar", "elsewhere")
+        assert (await cache.get(regex("a+")))._matcher is first._matcher
+        cache.forget(regex("a+"))
+        assert (len(cache), cache.size) == (0, 0)
+        assert (await cache.get(regex("a+")))._matcher is not first._matcher
+
+    with_cache(play)
+
+
+def test_number_and_size_are_bounded_and_the_latest_stay() -> None:
+    async def play(cache: GrammarCache) -> None:
+        kept = await cache.get(regex("x"))
+        for text in ("a" * 10, "b" * 10, "x", "c" * 10):
+            await cache.get(regex(text))
+        assert len(cache) == 3
+        assert (await cache.get(regex("x")))._matcher is kept._matcher
+        await cache.get(regex("d" * 90))
+        assert cache.size <= 100
+        await cache.get(regex("e" * 1000))
+        assert len(cache) == 1
+
+    with_cache(play, max_grammars=3, max_bytes=100)
+
+
+def test_what_is_refused_stays_refused_and_the_rest_goes_on() -> None:
+    async def play(cache: GrammarCache) -> None:
+        for _ in range(2):
+            with pytest.raises(GrammarError, match="unclosed group"):
+                await cache.get(regex("(a"))
+        await cache.get(regex("a"))
+
+    with_cache(play)
+
+
+def test_who_gives_up_takes_the_grammar_from_nobody() -> None:
+    async def play(cache: GrammarCache) -> None:
+        first = asyncio.ensure_future(cache.get(regex("a{1,50}")))
+        second = asyncio.ensure_future(cache.get(regex("a{1,50}")))
+        await asyncio.sleep(0)
+        first.cancel()
+        assert (await second).source == regex("a{1,50}")
+
+    with_cache(play)
+
+
+def chain(length: int) -> str:
+    """A schema of references to references."""
+    links = ",".join(f'"d{i}":{{"type":"object","properties":{{"a":{{"$ref":"#/$defs/d{i + 1}"}}}}}}' for i in range(length))
+    return f'{{"$ref":"#/$defs/d0","$defs":{{{links},"d{length}":{{"type":"integer"}}}}}}'
+
+
+HOSTILE = {
+    "endless arithmetic": GrammarSource("json", '{"type":"integer","multipleOf":9999991}'),
+    "deep references": GrammarSource("json", chain(900)),
+    "doubling terminals": GrammarSource(
+        "grammar", "start: A0\n" + "".join(f"A{i}: A{i + 1} A{i + 1}\n" for i in range(24)) + 'A24: "a"\n'
+    ),
+    "a million forced blanks": GrammarSource("regex", " {1000000}"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_grammar_is_refused_and_the_next_one_compiled(name: str) -> None:
+    probe = Probe()
+    try:
+        with pytest.raises(GrammarError, match=r"takes too long|too deeply or too large|too big"):
+            probe.check(HOSTILE[name])
+        probe.check(regex("a+"))
+    finally:
+        probe.close()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        regex("(a{1,1000}){1,1000}"),
+        regex("((a|aa)+)+"),
+        regex("(a|b)*a(a|b){1000}"),
+        regex("(" * 200 + "a" + ")" * 200),
+        GrammarSource("json", '{"enum":[' + ",".join(f'"value-{i}"' for i in range(4000)) + "]}"),
+        GrammarSource("json", chain(30)),
+        GrammarSource("json", '{"type":"array","items":{"type":"integer"},"minItems":100000,"maxItems":1000000}'),
+        GrammarSource("json", '{"$ref":"#/$defs/n","$defs":{"n":{"type":"array","items":{"$ref":"#/$defs/n"}}}}'),
+        GrammarSource("grammar", 'start: e\ne: e e | e e e | "a" | '),
+    ],
+)
+def test_what_looks_hostile_and_is_not_passes(source: GrammarSource) -> None:
+    assert try_out(byte_compiler(), source) is None
+
+
+def test_a_probe_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="does not start: exit status 1"):
+        Probe().check(regex("a"))
+
+
+def test_a_probe_that_died_is_started_anew() -> None:
+    probe = Probe()
+    try:
+        probe.check(regex("a"))
+        assert probe._process is not None
+        probe._process.kill()
+        probe._process.wait()
+        probe.check(regex("b"))
+    finally:
+        probe.close()

@@ -1,0 +1,124 @@
+"""The OpenAPI document: complete, true to what routes take and answer, shown by a page that needs nothing from elsewhere."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter
+
+from server.api import responses
+from server.api.openapi import OPERATIONS
+from server.api.openapi import PAGE as PAGE_FILE
+from server.api.schemas import parse_fields
+from tests.server.fakes import NAME, FakeEngine, call, chat, complete, events, make_app, say
+
+APP = make_app(FakeEngine())
+DOCUMENT: dict[str, Any] = call(APP, "GET", "/openapi.json").json()
+SCHEMAS: dict[str, Any] = DOCUMENT["components"]["schemas"]
+ALL = [(path, method) for path, methods in DOCUMENT["paths"].items() for method in methods]
+
+
+def references(value: Any) -> set[str]:
+    if isinstance(value, dict):
+        own = {value["$ref"]} if isinstance(value.get("$ref"), str) else set()
+        return own.union(*(references(item) for item in value.values()))
+    return set().union(*(references(item) for item in value)) if isinstance(value, list) else set()
+
+
+def test_every_route_is_in_it() -> None:
+    served = {
+        (re.sub(r":path}", "}", route.path), method.lower())
+        for route in APP.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods
+    }
+    assert served == set(ALL)
+
+
+def test_references_lead_somewhere_and_every_schema_is_used() -> None:
+    assert references(DOCUMENT) == {f"#/components/schemas/{name}" for name in SCHEMAS}
+
+
+def test_every_operation_says_what_it_answers() -> None:
+    for path, method in ALL:
+        operation = DOCUMENT["paths"][path][method]
+        assert operation["summary"] and operation["tags"][0] in {tag["name"] for tag in DOCUMENT["tags"]}
+        assert "200" in operation["responses"]
+        for status, answer in operation["responses"].items():
+            if status != "200" and method != "head":
+                assert answer["content"]["application/json"]["schema"]["$ref"].endswith("/Error")
+
+
+@pytest.mark.parametrize("name", ["CompletionRequest", "ChatRequest", "TokenizeRequest", "DetokenizeRequest", "Message"])
+def test_every_field_is_described_and_optional_ones_may_be_null(name: str) -> None:
+    schema = SCHEMAS[name]
+    assert schema["additionalProperties"] == {"type": "null"}
+    for field, says in schema["properties"].items():
+        assert says["description"], field
+        assert ({"type": "null"} in says.get("anyOf", ())) == (field not in schema.get("required", ())), field
+
+
+BODIES = [(path, name) for path, operation in OPERATIONS.items() for name in operation.examples]
+
+
+@pytest.mark.parametrize(("path", "name"), BODIES)
+def test_examples_of_bodies_are_taken(path: str, name: str) -> None:
+    example = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]["examples"][name]["value"]
+    assert example.get("model", NAME) == NAME
+    body = OPERATIONS[path].body
+    assert body is not None
+    parse_fields(body, example)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("path", [path for path, operation in OPERATIONS.items() if operation.body])
+def test_every_body_has_an_example(path: str) -> None:
+    assert OPERATIONS[path].examples and OPERATIONS[path].example
+
+
+@pytest.mark.parametrize("path", [path for path, operation in OPERATIONS.items() if operation.example])
+def test_examples_of_answers_have_the_shape_that_is_promised(path: str) -> None:
+    operation = OPERATIONS[path]
+    assert operation.answer is not None
+    TypeAdapter(operation.answer).validate_python(operation.example, strict=True)
+
+
+@pytest.mark.parametrize("path", [path for path, item in OPERATIONS.items() if item.body is None])
+def test_answers_have_the_shape_that_is_promised(path: str) -> None:
+    response = call(APP, "GET", path.replace("{name}", NAME))
+    assert response.status_code == 200
+    assert response.headers["content-type"].split(";")[0] == OPERATIONS[path].media_type
+    answer = OPERATIONS[path].answer
+    if answer is not None:
+        TypeAdapter(answer).validate_json(response.content, strict=True)
+
+
+@pytest.mark.parametrize("fields", [{}, {"n": 2}, {"return_token_ids": True}])
+def test_generated_answers_have_the_shape_that_is_promised(fields: dict[str, Any]) -> None:
+    for more in ({}, {"logprobs": 1}, {"logprobs": 1, "echo": True}):
+        plain = complete(FakeEngine(say("é")), **fields, **more)
+        responses.CompletionResponse.model_validate_json(plain.content, strict=True)
+        for chunk in events(complete(FakeEngine(say("é")), stream=True, **fields, **more)):
+            responses.CompletionResponse.model_validate(chunk, strict=True)
+    for more in ({}, {"logprobs": True, "top_logprobs": 2}):
+        responses.ChatResponse.model_validate_json(chat(FakeEngine(say("é")), **fields, **more).content, strict=True)
+        for chunk in events(chat(FakeEngine(say("é")), stream=True, **fields, **more)):
+            responses.ChatChunk.model_validate(chunk, strict=True)
+
+
+def test_errors_have_the_shape_that_is_promised() -> None:
+    for response in (complete(FakeEngine(), model="other"), chat(FakeEngine(), tools=[]), call(APP, "GET", "/nowhere")):
+        responses.Error.model_validate_json(response.content, strict=True)
+
+
+def test_the_page_needs_nothing_from_elsewhere() -> None:
+    response = call(APP, "GET", "/docs")
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/html")
+    assert response.content == PAGE_FILE.read_bytes()
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    page = response.text
+    assert re.findall(r"https?://|//cdn|\bsrc=|@import|<link", page) == []
+    assert "innerHTML" not in page
+    assert set(re.findall(r'fetch\("([^"]+)"', page)) == {"openapi.json"}
