@@ -36,6 +36,9 @@ MAX_STEP_SECONDS = 0.1
 _ENCODED_CHARACTERS = 512
 """Text that a grammar forces is cut into tokens as the tokenizer would for this many characters, and into bytes beyond."""
 
+_LITERAL = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//.*')
+"""A string, a regular expression or a comment of a Lark grammar."""
+
 
 class GrammarError(ValueError):
     """A source that is no grammar, or one too large to follow."""
@@ -66,10 +69,11 @@ class GrammarCompiler:
         import llguidance
 
         self._llguidance = llguidance
+        vocabulary = _Vocabulary(tokenizer, eos_ids)
         self._tokenizer = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_Vocabulary(tokenizer, eos_ids)),
-            n_vocab=tokenizer.vocab_size,
-            eos_token=sorted(eos_ids) or [0],
+            llguidance.TokenizerWrapper(vocabulary),
+            n_vocab=len(vocabulary.tokens),
+            eos_token=sorted(eos_ids) or [vocabulary.eos_token_id],
         )
         # So that a step stays within some milliseconds, and a sample's state within some tens of megabytes.
         self._limits = llguidance.LLParserLimits(
@@ -117,20 +121,24 @@ class GrammarCompiler:
             return matcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(choices))
         if source.text.lstrip().startswith("{"):
             raise ValueError("must be a grammar in Lark or GBNF")
+        bare = _LITERAL.sub('""', source.text)
+        if "::=" not in bare and re.search(r"\[[^\]]*\btemperature\s*=", bare):  # which the library would pass over
+            raise ValueError("must not set a rule's temperature: a sample has one temperature")
         return self._llguidance.grammar_from("grammar", source.text)
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance asks for one."""
+    """A tokenizer as llguidance asks for one. It needs an end-of-sequence id; where a model has none, one more id is it."""
 
     def __init__(self, tokenizer: Tokenizer, eos_ids: Collection[int]) -> None:
         self._tokenizer = tokenizer
-        self.eos_token_id = min(eos_ids, default=0)
+        self.eos_token_id = min(eos_ids, default=tokenizer.vocab_size)
         self.bos_token_id = tokenizer.bos_id
-        self.special_token_ids = sorted(tokenizer.special_tokens.values())
+        self.special_token_ids = sorted({*tokenizer.special_tokens.values(), self.eos_token_id})
         # Names that no grammar can spell, so that none asks for a special token.
         special = {id: f"\x00{id}".encode() for id in self.special_token_ids}
-        self.tokens = [special.get(id) or tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
+        num_tokens = max(tokenizer.vocab_size, self.eos_token_id + 1)
+        self.tokens = [special.get(id) or tokenizer.token_bytes(id) for id in range(num_tokens)]
 
     def __call__(self, text: str | bytes) -> list[int]:
         """How a text is cut into tokens; never fails, and takes time in proportion to the text."""

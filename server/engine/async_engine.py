@@ -117,8 +117,9 @@ class AsyncEngine:
             await self.grammars.close()
 
     async def compile(self, source: GrammarSource) -> Grammar:
-        """What a request's `grammar` has to be. Raises GrammarError, or AdmissionError when no request is taken."""
-        self._refuse_if_unable(0)
+        """What a request's `grammar` has to be; one that waits for it counts among those that wait. Raises GrammarError, or
+        AdmissionError when no request is taken."""
+        self._refuse_if_unable(self.grammars.num_waiting + 1)
         return await self.grammars.get(source)
 
     def admit(self, request: GenerationRequest) -> RequestStream:

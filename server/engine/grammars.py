@@ -15,6 +15,7 @@ from dataclasses import replace
 from lrt_core.grammar import Grammar, GrammarCompiler, GrammarError, GrammarSource
 from lrt_core.tokenizer import Tokenizer
 from server.engine.grammar_probe import Probe
+from server.engine.request import AdmissionError
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class GrammarCache:
         self._probe = Probe()
         self._compiler: GrammarCompiler | None = None
         self._is_closed = False
+        self.num_waiting = 0
+        """Callers of `get` that have no answer yet."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lrt-grammar")
 
     def __len__(self) -> int:
@@ -50,7 +53,16 @@ class GrammarCache:
         return self._size
 
     async def get(self, source: GrammarSource) -> Grammar:
-        """The compiled source. Raises GrammarError."""
+        """The compiled source. Raises GrammarError, and AdmissionError once the cache is closed."""
+        self.num_waiting += 1
+        try:
+            # Others may wait for the same grammar: who gives up must not take it from them.
+            return replace(await asyncio.shield(self._task(source)), source=source)
+        finally:
+            self.num_waiting -= 1
+
+    def _task(self, source: GrammarSource) -> asyncio.Task[Grammar]:
+        """What compiles the source, or has compiled it."""
         task = self._tasks.get(source)
         if task is None:
             task = asyncio.ensure_future(self._compile(source))
@@ -59,8 +71,7 @@ class GrammarCache:
             self._size += len(source.text)
         self._tasks.move_to_end(source)
         self._trim()
-        # Others may wait for the same grammar: who gives up must not take it from them.
-        return replace(await asyncio.shield(task), source=source)
+        return task
 
     def forget(self, source: GrammarSource) -> None:
         """Compile it anew the next time."""
@@ -68,7 +79,7 @@ class GrammarCache:
             self._size -= len(source.text)
 
     async def close(self) -> None:
-        """End the process and the thread, after what is being compiled. Idempotent; nothing can be compiled afterwards."""
+        """End the process and the thread, after what is being compiled now; whoever waits for his turn is refused. Idempotent."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -79,6 +90,8 @@ class GrammarCache:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._compile_now, source)
 
     def _compile_now(self, source: GrammarSource) -> Grammar:
+        if self._is_closed:
+            raise AdmissionError("draining", "the server is shutting down and takes no new requests")
         self._probe.check(source)
         if self._compiler is None:
             self._compiler = GrammarCompiler(self._tokenizer, self._eos_ids)
@@ -89,7 +102,8 @@ class GrammarCache:
         if task.cancelled() or (task.exception() is not None and not isinstance(task.exception(), GrammarError)):
             if self._tasks.get(source) is task:
                 self.forget(source)
-            logger.error("compiling a grammar failed", exc_info=None if task.cancelled() else task.exception())
+            if not self._is_closed:
+                logger.error("compiling a grammar failed", exc_info=None if task.cancelled() else task.exception())
 
     def _trim(self) -> None:
         while len(self._tasks) > self.max_grammars or (self._size > self.max_bytes and len(self._tasks) > 1):

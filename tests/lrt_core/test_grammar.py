@@ -73,6 +73,25 @@ def test_without_an_end_the_text_goes_on_until_nothing_can_follow() -> None:
     assert walk(state, "b").is_exhausted
 
 
+def test_a_model_without_an_end_gives_no_other_id_its_place() -> None:
+    compiler = GrammarCompiler(TOKENIZER, ())
+    state = compiler.compile(GrammarSource("regex", "(a|\x00)b?")).start(may_end=False)
+    assert permitted(state) == {0, ord("a")}
+    walk(state, "a")
+    assert state.is_complete
+    assert permitted(state) == {ord("b")}
+    state = walk(compiler.compile(GrammarSource("regex", "\x00b")).start(may_end=False), "\x00b")
+    assert state.is_exhausted
+
+
+@pytest.mark.parametrize(
+    "source",
+    ['start: "x" "[temperature=1]"', "start: /x[temperature=1]+/", 'start: "x"\n// a[temperature=1]', "root ::= [x] [temperature=]"],
+)
+def test_a_temperature_in_a_text_is_a_text(source: str) -> None:
+    walk(grammar("grammar", source).start(), "x")
+
+
 def test_states_are_independent() -> None:
     shared = grammar("regex", "(ab|ac)d")
     first, second = shared.start(), shared.start()
@@ -139,6 +158,7 @@ def test_a_step_that_takes_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch)
         ("grammar", f"start: <[{TOKENIZER.special_tokens['<|user_start|>']}]>", "admits no text"),
         ("grammar", '{"grammars":[]}', "Lark or GBNF"),
         ("grammar", "", "root"),
+        ("grammar", 'start: a\na[max_tokens=3, temperature = 0.5]: /x*/', "one temperature"),
         ("json", '{"type":"foo"}', "Invalid type"),
         ("json", '{"type":"object","dependentRequired":{"a":["b"]}}', "Unimplemented"),
         ("json", '{"oneOf":[{"type":"integer"},{"type":"number"}]}', "oneOf constraints are not supported"),

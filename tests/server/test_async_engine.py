@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from lrt_core.grammar import GrammarSource
 from server.engine.async_engine import AsyncEngine, EngineDeadError
 from server.engine.request import AdmissionError, RequestError
 from server.engine.worker import EngineWorker, StepReport
@@ -197,6 +198,21 @@ def test_abort_before_the_engine_has_taken_the_request() -> None:
             assert sum(step.num_settled_prompt_tokens for step in bench.recorder.steps) == 1, "it was never read"
             aborted = [stats for stats in bench.recorder.finished if stats.finish_reason == "abort"]
             assert [(stats.scheduled, stats.generation_tokens) for stats in aborted] == [(None, 0)] * 2
+
+    run(test)
+
+
+def test_who_waits_for_a_grammar_waits_in_the_queue() -> None:
+    async def test() -> None:
+        async with Bench(max_num_seqs=1, max_num_waiting=1) as bench:
+            waiting = [asyncio.ensure_future(bench.engine.compile(GrammarSource("regex", text))) for text in "ab"]
+            await asyncio.sleep(0)
+            with pytest.raises(AdmissionError) as refused:
+                await bench.engine.compile(GrammarSource("regex", "c"))
+            assert refused.value.reason == "queue_full"
+            assert [grammar.source.text for grammar in await asyncio.gather(*waiting)] == ["a", "b"]
+            assert (await bench.engine.compile(GrammarSource("regex", "c"))).source.text == "c"
+            assert bench.recorder.rejections == ["queue_full"]
 
     run(test)
 

@@ -11,6 +11,7 @@ import pytest
 from lrt_core.grammar import GrammarError, GrammarSource
 from server.engine.grammar_probe import Probe, byte_compiler, try_out
 from server.engine.grammars import GrammarCache
+from server.engine.request import AdmissionError
 from tests.helpers import tiny_tokenizer
 
 
@@ -75,6 +76,25 @@ def test_who_gives_up_takes_the_grammar_from_nobody() -> None:
         await asyncio.sleep(0)
         first.cancel()
         assert (await second).source == regex("a{1,50}")
+
+    with_cache(play)
+
+
+def test_who_waits_is_counted_and_refused_when_the_cache_closes() -> None:
+    async def play(cache: GrammarCache) -> None:
+        await cache.get(regex("x"))
+        assert cache.num_waiting == 0
+        slow = asyncio.ensure_future(cache.get(HOSTILE["endless arithmetic"]))
+        others = [asyncio.ensure_future(cache.get(regex("a" * count))) for count in range(1, 6)]
+        await asyncio.sleep(0)
+        assert cache.num_waiting == 6
+        await cache.close()
+        with pytest.raises(GrammarError, match="takes too long"):
+            await slow
+        for other in others:
+            with pytest.raises(AdmissionError, match="shutting down"):
+                await other
+        assert cache.num_waiting == 0
 
     with_cache(play)
 

@@ -175,6 +175,21 @@ def test_a_stream_says_the_same() -> None:
     served(play)
 
 
+def test_a_chat_s_answer_has_the_form() -> None:
+    async def play(engine: AsyncEngine, client: Client) -> None:
+        form = {"type": "json_schema", "json_schema": {"name": "test", "schema": record(a={"enum": [1, 2]}, b={"type": "boolean"})}}
+        chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 100, "temperature": 1.5, "seed": 4, "n": 3}
+        response = await client.post("/v1/chat/completions", json={**chat, "response_format": form})
+        assert response.status_code == 200, response.text
+        for choice in response.json()["choices"]:
+            assert choice["finish_reason"] == "stop"
+            assert set(json.loads(choice["message"]["content"])) == {"a", "b"}
+        refused = await client.post("/v1/chat/completions", json={**chat, "structured_outputs": {"regex": "(a"}})
+        assert_envelope(refused, 400, "invalid_request_error", "structured_outputs.regex")
+
+    served(play)
+
+
 def test_a_stop_string_cuts_the_text_off() -> None:
     async def play(engine: AsyncEngine, client: Client) -> None:
         [choice] = (await post(client, structured_outputs={"regex": "abc=[0-9]{5}"}, stop="="))["choices"]
