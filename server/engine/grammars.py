@@ -38,7 +38,7 @@ class GrammarCache:
         self._size = 0
         self._probe = Probe()
         self._compiler: GrammarCompiler | None = None
-        self._is_closed = False
+        self.is_closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lrt-grammar")
 
     def __len__(self) -> int:
@@ -69,9 +69,9 @@ class GrammarCache:
 
     async def close(self) -> None:
         """End the process and the thread, after what is being compiled. Idempotent; nothing can be compiled afterwards."""
-        if self._is_closed:
+        if self.is_closed:
             return
-        self._is_closed = True
+        self.is_closed = True
         await asyncio.get_running_loop().run_in_executor(self._thread, self._probe.close)
         self._thread.shutdown()
 

@@ -194,10 +194,14 @@ def test_the_oracle_follows_a_grammar() -> None:
     eos = TOKENIZER.eos_ids
     for seed in range(10):
         params = SamplingParams(temperature=1.5, seed=seed)
-        ids = list(generate(model, random_ids(5, seed), 20, params, eos, words))
+        ids = list(generate(model, random_ids(5, seed), 20, params, eos, grammar=words))
         assert ids[-1] in eos
         assert TOKENIZER.decode(ids[:-1]) in ("yes", "no", "maybe")
-        assert TOKENIZER.decode(list(generate(model, random_ids(5, seed), 20, params, (), words))) in ("yes", "no", "maybe")
+        assert TOKENIZER.decode(list(generate(model, random_ids(5, seed), 20, params, (), grammar=words))) in (
+            "yes",
+            "no",
+            "maybe",
+        )
 
 
 def test_random_walks_stay_within_a_grammar() -> None:
