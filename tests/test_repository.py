@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from server.api.schemas import NOT_BUILT, CompletionRequest
+from server.api.schemas import NOT_BUILT, REFUSED, CompletionRequest, StreamOptions
 from server.config import make_parser
 
 if sys.version_info >= (3, 11):
@@ -189,7 +189,9 @@ def test_readme_lists_the_flags() -> None:
 
 
 def test_readme_lists_the_fields() -> None:
-    rows = dict(re.findall(r"^\| (work|refused by name) \| (.*) \|$", README, re.MULTILINE))
+    kinds = "what|how it is drawn|where it ends|what is told|refused by name"
+    rows = dict(re.findall(rf"^\| ({kinds}) \| (.*) \|$", README, re.MULTILINE))
     named = {kind: set(re.findall(r"`([\w.]+)`", row)) for kind, row in rows.items()}
-    assert named["refused by name"] == NOT_BUILT
-    assert named["work"] == {*CompletionRequest.model_fields, "stream_options.include_usage"} - {"stream_options"}
+    assert named.pop("refused by name") == set(REFUSED) | NOT_BUILT
+    options = {f"stream_options.{name}" for name in StreamOptions.model_fields}
+    assert set().union(*named.values()) == {*CompletionRequest.model_fields, *options} - {"stream_options"}

@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from lrt_core.chat import MAX_MESSAGES
-from server.api.schemas import INT64, NOT_BUILT, GenerationFields, NumLogprobs, RequestFields, valid_text, without_nulls
+from server.api.schemas import INT64, NOT_BUILT, GenerationFields, RequestFields, without_nulls
+from server.api.values import NumLogprobs, valid_text
 from server.engine.request import StoppingParams
 
 UNBOUNDED = INT64 - 1

@@ -25,7 +25,7 @@ from server.api.choices import ChoiceWriter, Chunk
 from server.api.errors import bad_request, from_exception, json_response
 from server.api.events import DONE, KEEP_ALIVE, ChunkWriter, event
 from server.api.prompts import Prompt, PromptOptions, PromptReader
-from server.api.schemas import CompletionRequest, GenerationFields, RequestFields, is_request_id, parse_fields
+from server.api.schemas import CompletionRequest, GenerationFields, RequestFields, parse_fields
 from server.api.service import Service
 from server.api.streaming import (
     KEEP_ALIVE_SECONDS,
@@ -36,6 +36,7 @@ from server.api.streaming import (
     until_disconnect,
 )
 from server.api.structured import compile_grammar
+from server.api.values import is_request_id
 from server.engine.async_engine import RequestStream
 from server.engine.request import Delta, GenerationRequest
 

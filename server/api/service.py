@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lrt_core.chat import ChatTemplate
 from server.api.errors import ApiError
-from server.api.schemas import MAX_LOGPROBS
+from server.api.values import MAX_LOGPROBS
 from server.engine.async_engine import AsyncEngine
 
 

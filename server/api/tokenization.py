@@ -17,8 +17,9 @@ from server.api.chat_schemas import Messages, RenderingFields
 from server.api.completions import read_fields
 from server.api.errors import bad_request, json_response
 from server.api.prompts import THREAD_CHARACTERS
-from server.api.schemas import RequestFields, Text
+from server.api.schemas import RequestFields
 from server.api.service import Service
+from server.api.values import Text
 
 _OF_PROMPTS = ("add_special_tokens", "allow_special")
 _OF_MESSAGES = ("add_generation_prompt", "continue_final_message")

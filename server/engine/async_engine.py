@@ -102,6 +102,8 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._worker = EngineWorker(self.engine, self._take_report, self._take_death)
         self._worker.start()
+        if self.grammars.is_closed:
+            self.grammars = GrammarCache(self.tokenizer, self.engine.eos_ids)
 
     async def stop(self, drain: bool = True) -> None:
         """Refuse new requests, finish what runs (or abort it: drain=False), then stop the thread. Idempotent."""

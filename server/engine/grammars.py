@@ -39,7 +39,7 @@ class GrammarCache:
         self._size = 0
         self._probe = Probe()
         self._compiler: GrammarCompiler | None = None
-        self._is_closed = False
+        self.is_closed = False
         self.num_waiting = 0
         """Callers of `get` that have no answer yet."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lrt-grammar")
@@ -79,10 +79,10 @@ class GrammarCache:
             self._size -= len(source.text)
 
     async def close(self) -> None:
-        """End the process and the thread, after what is being compiled now; whoever waits for his turn is refused. Idempotent."""
-        if self._is_closed:
+        """End the process and the thread, after what is being compiled now; whoever waits behind it is refused. Idempotent."""
+        if self.is_closed:
             return
-        self._is_closed = True
+        self.is_closed = True
         await asyncio.get_running_loop().run_in_executor(self._thread, self._probe.close)
         self._thread.shutdown()
 
@@ -90,7 +90,7 @@ class GrammarCache:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._compile_now, source)
 
     def _compile_now(self, source: GrammarSource) -> Grammar:
-        if self._is_closed:
+        if self.is_closed:
             raise AdmissionError("draining", "the server is shutting down and takes no new requests")
         self._probe.check(source)
         if self._compiler is None:
@@ -102,7 +102,7 @@ class GrammarCache:
         if task.cancelled() or (task.exception() is not None and not isinstance(task.exception(), GrammarError)):
             if self._tasks.get(source) is task:
                 self.forget(source)
-            if not self._is_closed:
+            if not self.is_closed:
                 logger.error("compiling a grammar failed", exc_info=None if task.cancelled() else task.exception())
 
     def _trim(self) -> None:

@@ -86,7 +86,12 @@ def test_a_model_without_an_end_gives_no_other_id_its_place() -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ['start: "x" "[temperature=1]"', "start: /x[temperature=1]+/", 'start: "x"\n// a[temperature=1]', "root ::= [x] [temperature=]"],
+    [
+        'start: "x" "[temperature=1]"',
+        "start: /x[temperature=1]+/",
+        'start: "x"\n// a[temperature=1]',
+        "root ::= [x] [temperature=]",
+    ],
 )
 def test_a_temperature_in_a_text_is_a_text(source: str) -> None:
     walk(grammar("grammar", source).start(), "x")
@@ -158,7 +163,7 @@ def test_a_step_that_takes_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch)
         ("grammar", f"start: <[{TOKENIZER.special_tokens['<|user_start|>']}]>", "admits no text"),
         ("grammar", '{"grammars":[]}', "Lark or GBNF"),
         ("grammar", "", "root"),
-        ("grammar", 'start: a\na[max_tokens=3, temperature = 0.5]: /x*/', "one temperature"),
+        ("grammar", "start: a\na[max_tokens=3, temperature = 0.5]: /x*/", "one temperature"),
         ("json", '{"type":"foo"}', "Invalid type"),
         ("json", '{"type":"object","dependentRequired":{"a":["b"]}}', "Unimplemented"),
         ("json", '{"oneOf":[{"type":"integer"},{"type":"number"}]}', "oneOf constraints are not supported"),
@@ -214,10 +219,14 @@ def test_the_oracle_follows_a_grammar() -> None:
     eos = TOKENIZER.eos_ids
     for seed in range(10):
         params = SamplingParams(temperature=1.5, seed=seed)
-        ids = list(generate(model, random_ids(5, seed), 20, params, eos, words))
+        ids = list(generate(model, random_ids(5, seed), 20, params, eos, grammar=words))
         assert ids[-1] in eos
         assert TOKENIZER.decode(ids[:-1]) in ("yes", "no", "maybe")
-        assert TOKENIZER.decode(list(generate(model, random_ids(5, seed), 20, params, (), words))) in ("yes", "no", "maybe")
+        assert TOKENIZER.decode(list(generate(model, random_ids(5, seed), 20, params, (), grammar=words))) in (
+            "yes",
+            "no",
+            "maybe",
+        )
 
 
 def test_random_walks_stay_within_a_grammar() -> None:

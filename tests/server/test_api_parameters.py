@@ -17,7 +17,8 @@ from lrt_core.checkpoint import load_model
 from lrt_core.generate import generate, read
 from lrt_core.sampling_params import SamplingParams
 from server.api.errors import ApiError
-from server.api.schemas import MAX_CHARACTERS, MAX_STRINGS, CompletionRequest, GenerationFields, parse_fields
+from server.api.schemas import CompletionRequest, GenerationFields, parse_fields
+from server.api.values import MAX_CHARACTERS, MAX_STRINGS
 from tests.helpers import TINY_VOCAB_SIZE, tiny_tokenizer
 from tests.server.fakes import assert_envelope, events
 from tests.server.test_http import Api

@@ -177,7 +177,10 @@ def test_a_stream_says_the_same() -> None:
 
 def test_a_chat_s_answer_has_the_form() -> None:
     async def play(engine: AsyncEngine, client: Client) -> None:
-        form = {"type": "json_schema", "json_schema": {"name": "test", "schema": record(a={"enum": [1, 2]}, b={"type": "boolean"})}}
+        form = {
+            "type": "json_schema",
+            "json_schema": {"name": "test", "schema": record(a={"enum": [1, 2]}, b={"type": "boolean"})},
+        }
         chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 100, "temperature": 1.5, "seed": 4, "n": 3}
         response = await client.post("/v1/chat/completions", json={**chat, "response_format": form})
         assert response.status_code == 200, response.text
