@@ -1,8 +1,7 @@
 """lm-evaluation-harness, `local-completions`: three tasks of our own, whose every number is what `lrt_core` computes directly.
 
 The harness asks the server for its tokenizer and sends ids; it never puts the document's start before a prompt, so neither
-does the direct computation. A whole text's likelihood starts from the document's start, which the harness must be told the
-id of (`custom_prefix_token_id`): the server takes the name of a special token for text like any other.
+does the direct computation. A whole text's likelihood starts from the document's start, whose id the harness asks for by name.
 """
 
 from __future__ import annotations
@@ -60,19 +59,11 @@ def has_tokenizer(url: str) -> bool:
     return True
 
 
-@pytest.fixture(scope="module")
-def bos_id(url: str) -> int:
-    """Id of the document's start: what the server puts before a text."""
-    body = {"model": MODEL, "prompt": "a", "max_tokens": 1, "return_token_ids": True}
-    ids: list[int] = httpx.post(url + "/v1/completions", json=body).json()["choices"][0]["prompt_token_ids"]
-    return ids[0]
-
-
 @pytest.fixture(scope="module", params=[{}, {"num_concurrent": 4, "batch_size": 3}], ids=["one by one", "in batches"])
 def evaluation(
-    v1: str, has_tokenizer: bool, bos_id: int, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    v1: str, has_tokenizer: bool, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Evaluation:
-    return evaluate(v1, tmp_path_factory.mktemp("lm_eval"), custom_prefix_token_id=bos_id, **request.param)
+    return evaluate(v1, tmp_path_factory.mktemp("lm_eval"), **request.param)
 
 
 def likelihoods(direct: Direct, samples: list[dict[str, Any]]) -> list[list[tuple[float, bool]]]:
