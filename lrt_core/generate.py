@@ -60,8 +60,10 @@ def generate(
     max_tokens: int,
     params: SamplingParams | None = None,
     eos_ids: AbstractSet[int] = frozenset(),
+    min_tokens: int = 0,
 ) -> Iterator[int]:
-    """Yield up to max_tokens generated ids (greedy without `params`; seed None counts as 0); an id of `eos_ids` is the last.
+    """Yield up to max_tokens generated ids (greedy without `params`; seed None counts as 0); an id of `eos_ids` is the last,
+    and none of the first min_tokens.
 
     Raises ValueError for an empty prompt or an id outside the vocabulary.
     """
@@ -72,7 +74,8 @@ def generate(
     for token in prompt_ids:
         logits, _ = stepper.step(token)
     while len(output) < max_tokens:
-        row = SampleRow(params, params.seed or 0, len(output), prompt_ids, tuple(output))
+        forbidden = tuple(eos_ids) if len(output) < min_tokens else ()
+        row = SampleRow(params, params.seed or 0, len(output), prompt_ids, tuple(output), forbidden)
         output.append(int(sample_twin(logits.unsqueeze(0), [row])))
         yield output[-1]
         if output[-1] in eos_ids:

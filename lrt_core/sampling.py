@@ -3,20 +3,22 @@
 A row's token depends on its own logits, parameters, seed and step alone, never on the rows beside it: random rows draw one
 uniform number from a counter (seed, step) and invert the cumulative distribution. So the same seed gives the same output
 alone, in any batch, and after a preemption. Neighbours: `sampling_params.py` (the parameters), `generate.py` and the
-server's model runner (the callers).
+server's model runner (the callers), `history.py` (what penalties count).
 
 Shapes: R rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lrt_core.history import TokenHistory
 from lrt_core.kernels.sampling import Draws, draw, draw_twin, top_logprobs
 from lrt_core.sampling_params import SamplingParams
 
@@ -30,7 +32,8 @@ class SampleRow:
     """What a row of logits needs to become a token.
 
     seed and step pick the random number; step counts the sample's generated tokens. prompt_ids and output_ids are read only
-    when penalties are on.
+    when penalties or bad words are on; with the history of both given, the end of output_ids does, as long as the longest bad
+    word. forbidden: ids that this step cannot give.
     """
 
     params: SamplingParams
@@ -38,6 +41,15 @@ class SampleRow:
     step: int = 0
     prompt_ids: Sequence[int] = ()
     output_ids: Sequence[int] = ()
+    forbidden: Sequence[int] = ()
+    history: TokenHistory | None = None
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether the token is drawn from other logits than the model's."""
+        params = self.params
+        is_restricted = params.allowed_token_ids is not None or bool(params.bad_words or self.forbidden)
+        return params.needs_history or bool(params.logit_bias) or is_restricted
 
 
 def _mix64(x: int) -> int:
@@ -75,35 +87,59 @@ def _draws(rows: Sequence[SampleRow]) -> Draws:
 
 
 def _adjust(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Penalties, bias and allowed ids, copying only when some row has them."""
-    touched = [
-        (i, row)
-        for i, row in enumerate(rows)
-        if row.params.needs_history or row.params.logit_bias or row.params.allowed_token_ids is not None
-    ]
+    """Penalties, bias, then what is allowed and forbidden; copying only when some row has them."""
+    touched = [i for i, row in enumerate(rows) if row.is_adjusted]
     if touched:
         logits = logits.clone()
-    for i, row in touched:
-        _penalise(logits[i], row)
-        for token, bias in row.params.logit_bias.items():
-            logits[i, token] += bias
-        if row.params.allowed_token_ids is not None:
-            forbidden = torch.ones_like(logits[i], dtype=torch.bool)
-            forbidden[list(row.params.allowed_token_ids)] = False
-            logits[i].masked_fill_(forbidden, -torch.inf)
+    for i in touched:
+        _penalise(logits[i], rows[i])
+        _add_bias(logits[i], rows[i].params)
+        _restrict(logits[i], rows[i])
     return logits
 
 
 def _penalise(logits: Tensor, row: SampleRow) -> None:
     """Apply repetition, frequency and presence penalties to one row [V] in place."""
     params = row.params
+    if not params.needs_history:
+        return
+    history = row.history or TokenHistory(row.prompt_ids, row.output_ids)
+    ids, counts = _tensor(history.ids, logits), _tensor(history.counts, logits)
+    values = logits[ids]
     if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*row.prompt_ids, *row.output_ids}), device=logits.device)
-        values = logits[seen]
         penalty = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if row.output_ids and (params.presence_penalty or params.frequency_penalty):
-        counts = Counter(row.output_ids)
-        seen = torch.tensor(list(counts), device=logits.device)
-        occurrences = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
-        logits[seen] -= params.frequency_penalty * occurrences + params.presence_penalty
+        values = torch.where(values > 0, values / penalty, values * penalty)
+    values = values - params.frequency_penalty * counts.to(values.dtype) - params.presence_penalty * (counts > 0)
+    logits[ids] = values
+
+
+def _add_bias(logits: Tensor, params: SamplingParams) -> None:
+    """Add logit_bias to one row [V] in place."""
+    if params.logit_bias:
+        ids, biases = (_tensor(column, logits) for column in params.bias_arrays)
+        logits[ids] += biases.to(logits.dtype)
+
+
+def _restrict(logits: Tensor, row: SampleRow) -> None:
+    """Leave of one row [V], in place, what is allowed and neither forbidden nor the end of a bad word."""
+    if row.params.allowed_token_ids is not None:
+        ids = _tensor(row.params.allowed_array, logits)
+        allowed = logits[ids]
+        logits.fill_(-torch.inf)
+        logits[ids] = allowed
+    forbidden = [*row.forbidden, *_ends_of_bad_words(row)]
+    if forbidden:
+        logits[torch.tensor(forbidden, device=logits.device)] = -torch.inf
+
+
+def _ends_of_bad_words(row: SampleRow) -> list[int]:
+    words = row.params.bad_words
+    if not words:
+        return []
+    tail = tuple(row.output_ids[max(0, len(row.output_ids) - row.params.longest_bad_word + 1) :])
+    return [word[-1] for word in words if len(word) == 1 or tail[1 - len(word) :] == word[:-1]]
+
+
+def _tensor(numbers: array[int] | array[float], like: Tensor) -> Tensor:
+    """A copy of the numbers on the device of `like`, int64 or float64."""
+    return torch.from_numpy(np.array(numbers)).to(like.device)

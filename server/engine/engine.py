@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
+from lrt_core.config import ModelConfig
 from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
 from server.engine.model_runner import ModelRunner, WindowResult
@@ -28,6 +29,8 @@ class SequenceOutput:
     prompt_logprobs: list[TokenLogprob] | None = None
     """The whole prompt's entries, with the first output of a sequence that asked for them."""
     finish_reason: FinishReason | None = None
+    latents: bytes | None = None
+    """Of the last computed token, or, with the first output where all are wanted, of the whole prompt; if asked for."""
 
 
 @dataclass
@@ -67,15 +70,20 @@ class Engine:
 
     def check(self, request: GenerationRequest) -> None:
         """Raise PromptTooLongError or RequestError for a request that can never be served."""
-        check_request(self.config, self.runner.model.config.vocab_size, request)
+        check_request(self.config, self.runner.model.config, request, self._end_ids(request))
 
     def add(self, request: GenerationRequest) -> list[Sequence]:
         """Queue the request's samples, of which the first reads the prompt for all; without a seed a request draws one."""
         self.check(request)
         seed = request.sampling.seed if request.sampling.seed is not None else self._random.getrandbits(63)
-        sequences = [Sequence(request, index, seed + index, next(self._numbers)) for index in range(request.n)]
+        ends = self._end_ids(request)
+        sequences = [Sequence(request, index, seed + index, next(self._numbers), ends) for index in range(request.n)]
         self._lead(sequences)
         return sequences
+
+    def _end_ids(self, request: GenerationRequest) -> frozenset[int]:
+        stopping = request.stopping
+        return (frozenset() if stopping.ignore_eos else self.eos_ids) | frozenset(stopping.stop_token_ids)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence from outside (its client is gone, a stop string matched); a finished one stays as it is."""
@@ -180,6 +188,7 @@ class Engine:
             if outputs[-1].finish_reason is None:
                 self.scheduler.fork(sequence, sibling)
         for item in outputs:
+            item.latents = result.latents
             if item.finish_reason is not None:
                 self.scheduler.finish(item.sequence, item.finish_reason)
         output.outputs += outputs
@@ -196,14 +205,16 @@ class Engine:
         return output
 
     def _finish_reason(self, sequence: Sequence, token: TokenLogprob | None) -> FinishReason | None:
-        stopping = sequence.request.stopping
-        if token is not None and token.token_id in self.eos_ids and not stopping.ignore_eos:
+        if token is not None and token.token_id in sequence.end_ids:
             return "stop"
         return "length" if sequence.num_tokens >= sequence.max_num_tokens else None
 
 
-def check_request(config: EngineConfig, vocab_size: int, request: GenerationRequest) -> None:
-    """Raise PromptTooLongError or RequestError for a request that an engine of this configuration can never serve."""
+def check_request(config: EngineConfig, model: ModelConfig, request: GenerationRequest, end_ids: Collection[int]) -> None:
+    """Raise PromptTooLongError or RequestError for a request that an engine of this configuration and model can never serve.
+
+    end_ids: ids that end its samples.
+    """
     num_prompt, max_tokens = len(request.prompt_ids), request.stopping.max_tokens
     if num_prompt == 0:
         raise RequestError("the prompt is empty")
@@ -211,11 +222,45 @@ def check_request(config: EngineConfig, vocab_size: int, request: GenerationRequ
         raise RequestError("max_tokens must be at least 0 and n at least 1", param="max_tokens" if max_tokens < 0 else "n")
     if request.n > config.max_num_admitted:
         raise RequestError(f"n is {request.n}, the server takes {config.max_num_admitted} samples in all", param="n")
+    if request.latents is not None and model.recurrence is None:
+        raise RequestError("a plain transformer has no latents", param="latents")
+    _check_ids(model.vocab_size, request)
+    _check_choice(model.vocab_size, request, end_ids)
+    _check_room(config, request)
+
+
+def _check_ids(vocab_size: int, request: GenerationRequest) -> None:
     sampling = request.sampling
-    ids = chain(request.prompt_ids, sampling.logit_bias, sampling.allowed_token_ids or ())
-    outside = next((token for token in ids if not 0 <= token < vocab_size), None)
-    if outside is not None:
-        raise RequestError(f"token id {outside} lies outside 0..{vocab_size - 1}")
+    given: dict[str, Iterable[int]] = {
+        "prompt": request.prompt_ids,
+        "logit_bias": sampling.logit_bias,
+        "allowed_token_ids": sampling.allowed_token_ids or (),
+        "bad_words": chain.from_iterable(sampling.bad_words),
+        "stop_token_ids": request.stopping.stop_token_ids,
+    }
+    for param, ids in given.items():
+        outside = next((token for token in ids if not 0 <= token < vocab_size), None)
+        if outside is not None:
+            raise RequestError(f"token id {outside} in {param} lies outside 0..{vocab_size - 1}", param=param)
+
+
+def _check_choice(vocab_size: int, request: GenerationRequest, end_ids: Collection[int]) -> None:
+    """Raise RequestError where a step might come to forbid every token."""
+    sampling = request.sampling
+    forbidden = {word[-1] for word in sampling.bad_words}
+    if request.stopping.min_tokens > 0:
+        forbidden |= set(end_ids)
+    allowed = sampling.allowed_token_ids
+    if len(forbidden) >= vocab_size or (allowed is not None and forbidden.issuperset(allowed)):
+        param = "bad_words" if allowed is None else "allowed_token_ids"
+        raise RequestError("bad_words and min_tokens may forbid every token that is allowed; allow others", param=param)
+
+
+def _check_room(config: EngineConfig, request: GenerationRequest) -> None:
+    num_prompt, max_tokens = len(request.prompt_ids), request.stopping.max_tokens
+    if request.stopping.min_tokens > max_tokens:
+        told = f"min_tokens is {request.stopping.min_tokens}, and only {max_tokens} may be generated behind this prompt"
+        raise RequestError(told, param="min_tokens")
     if num_prompt + max_tokens > config.max_model_len:
         raise PromptTooLongError(
             f"This model's maximum context length is {config.max_model_len} tokens. However, you requested "

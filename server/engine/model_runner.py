@@ -1,7 +1,7 @@
 """One step on the model: forward, which positions settled, logits where they are read, tokens drawn.
 
-The lm_head runs only on rows that are read (a sequence's last settled row, prompt rows whose logprobs were asked for), prompt
-rows in chunks of `LOGITS_CHUNK`, so that logits of a long prompt never exist whole.
+The lm_head runs only on rows that are read (a sequence's last settled row, prompt rows whose logprobs were asked for), in
+chunks of `logits_rows`, so that logits of a long prompt, or of many samples at once, never exist whole.
 Neighbours: `batch.py` lays the step out, `lrt_core.refine` has the settling rule, `engine.py` calls `execute`.
 """
 
@@ -27,8 +27,15 @@ from server.engine.request import TokenLogprob
 from server.engine.scheduler import ScheduledWindow
 from server.engine.sequence import Sequence
 
+LOGITS_BYTES = 2**24
 LOGITS_CHUNK = 256
-"""Rows of logits that exist at once when prompt logprobs are computed."""
+"""Bounds of the float32 logits that exist at once: their size, and their rows where the vocabulary is small. What is made of
+them takes a few times as much."""
+
+
+def logits_rows(vocab_size: int) -> int:
+    """Rows of logits that exist at once."""
+    return max(1, min(LOGITS_CHUNK, LOGITS_BYTES // (4 * vocab_size)))
 
 
 class ServingModel(Protocol):
@@ -58,6 +65,9 @@ class WindowResult:
     each of its siblings."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of the prompt tokens behind the settled positions, when asked for."""
+    latents: bytes | None = None
+    """When the step settled the sequence's last position and latents are wanted: float32 rows, of the whole prompt if all are
+    wanted and nothing was generated yet, else of that last position."""
 
 
 class ModelRunner:
@@ -83,6 +93,7 @@ class ModelRunner:
         hidden, offsets = self._finish_settled(batch, stream, latents, results)
         self._score_prompts(offsets, results, hidden)
         self._sample(offsets, results, hidden)
+        self._read_latents(results)
         return results
 
     def _finish_settled(
@@ -101,14 +112,26 @@ class ModelRunner:
     def _sample(self, offsets: list[int], results: list[WindowResult], hidden: Tensor) -> None:
         """Draw a token for every sequence whose last position settled, unless it wants none, and for its siblings."""
         ready = [(i, drawn) for i, result in enumerate(results) if _is_ready(result) for drawn in _drawn_from(result)]
-        if not ready:
-            return
-        rows = torch.tensor([offsets[i] + results[i].num_settled - 1 for i, _ in ready], device=hidden.device)
-        logits = self.model.logits(hidden.index_select(0, rows))
-        ids = sample(logits, [_sample_row(sequence) for _, sequence in ready])
-        entries = _token_logprobs(logits, ids, [sequence.request.logprobs for _, sequence in ready])
-        for (i, _), entry in zip(ready, entries, strict=True):
-            results[i].tokens.append(entry)
+        for start, end in self._chunks(0, len(ready)):
+            chunk = ready[start:end]
+            rows = torch.tensor([offsets[i] + results[i].num_settled - 1 for i, _ in chunk], device=hidden.device)
+            logits = self.model.logits(hidden.index_select(0, rows))
+            ids = sample(logits, [_sample_row(sequence) for _, sequence in chunk])
+            entries = _token_logprobs(logits, ids, [sequence.request.logprobs for _, sequence in chunk])
+            for (i, _), entry in zip(chunk, entries, strict=True):
+                results[i].tokens.append(entry)
+
+    def _read_latents(self, results: list[WindowResult]) -> None:
+        """Put by the latents that are wanted, before the sequence may end and lose its blocks."""
+        for result in results:
+            sequence = result.window.sequence
+            wanted, end = sequence.request.latents, sequence.num_tokens
+            if wanted is None or result.window.start + result.num_settled < end:
+                continue
+            start = 0 if wanted == "all" and sequence.num_output_tokens == 0 else end - 1
+            slots = slots_of(sequence.block_table, start, end, self.config.block_size)
+            rows = self.pool.load_memory(torch.tensor(slots, device=self.pool.latents.device))
+            result.latents = rows.float().cpu().numpy().tobytes()
 
     def _score_prompts(self, offsets: list[int], results: list[WindowResult], hidden: Tensor) -> None:
         for result, offset in zip(results, offsets, strict=False):
@@ -119,11 +142,11 @@ class ModelRunner:
             # came from the prefix cache is scored by its latents, which are the hidden states.
             window_start, first = result.window.start, len(sequence.prompt_logprobs)
             end = min(window_start + result.num_settled, sequence.num_prompt_tokens - 1)
-            for start, stop in _chunks(first, min(window_start, end)):
+            for start, stop in self._chunks(first, min(window_start, end)):
                 slots = slots_of(sequence.block_table, start, stop, self.config.block_size)
                 cached = self.pool.load_memory(torch.tensor(slots, device=hidden.device))
                 result.prompt_logprobs += self._score(sequence, start, cached)
-            for start, stop in _chunks(max(first, window_start), end):
+            for start, stop in self._chunks(max(first, window_start), end):
                 rows = hidden[offset + start - window_start : offset + stop - window_start]
                 result.prompt_logprobs += self._score(sequence, start, rows)
 
@@ -131,7 +154,14 @@ class ModelRunner:
         """Logprobs of the prompt tokens behind positions start, start + 1, ..., from their hidden states [R, D]."""
         logits = self.model.logits(hidden)
         ids = torch.tensor(sequence.token_ids[start + 1 : start + 1 + len(hidden)], device=logits.device)
-        return _token_logprobs(logits, ids, [sequence.request.prompt_logprobs] * len(ids))
+        entries = _token_logprobs(logits, ids, [sequence.request.prompt_logprobs] * len(ids))
+        ranks = 1 + (logits > logits.gather(-1, ids.unsqueeze(-1))).sum(-1)
+        return [entry._replace(rank=rank) for entry, rank in zip(entries, ranks.tolist(), strict=True)]
+
+    def _chunks(self, start: int, end: int) -> list[tuple[int, int]]:
+        """start..end - 1 in parts of as many rows as logits may have."""
+        size = logits_rows(self.model.config.vocab_size)
+        return [(first, min(first + size, end)) for first in range(start, end, size)]
 
     def _copy_blocks(self, copies: SequenceABC[Copy]) -> None:
         """Carry out copies of whole blocks, in order."""
@@ -166,15 +196,12 @@ def _drawn_from(result: WindowResult) -> list[Sequence]:
     return [result.window.sequence, *result.window.sequence.siblings]
 
 
-def _chunks(start: int, end: int) -> list[tuple[int, int]]:
-    return [(first, min(first + LOGITS_CHUNK, end)) for first in range(start, end, LOGITS_CHUNK)]
-
-
 def _sample_row(sequence: Sequence) -> SampleRow:
-    params = sequence.request.sampling
-    if not params.needs_history:
-        return SampleRow(params, sequence.seed, sequence.num_output_tokens)
-    return SampleRow(params, sequence.seed, sequence.num_output_tokens, sequence.request.prompt_ids, tuple(sequence.output_ids))
+    params, num_outputs = sequence.request.sampling, sequence.num_output_tokens
+    forbidden = tuple(sequence.end_ids) if num_outputs < sequence.request.stopping.min_tokens else ()
+    tail = sequence.last_output_ids(params.longest_bad_word) if params.bad_words else ()
+    history = sequence.count_outputs() if params.needs_history else None
+    return SampleRow(params, sequence.seed, num_outputs, output_ids=tail, forbidden=forbidden, history=history)
 
 
 def _token_logprobs(logits: Tensor, ids: Tensor, wanted: list[int | None]) -> list[TokenLogprob]:

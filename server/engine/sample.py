@@ -18,7 +18,9 @@ class Sample:
         self.scheduled: float | None = None
         self.first_token: float | None = None
         self.last_token: float | None = None
-        self._detokenizer = Detokenizer(tokenizer, request.stopping.stop)
+        stopping = request.stopping
+        self._detokenizer = Detokenizer(tokenizer, stopping.stop, stopping.min_tokens, stopping.include_stop)
+        self._latents: list[bytes] = []
 
     def start(self, start: SampleStart) -> None:
         """The engine has begun to serve it."""
@@ -37,18 +39,39 @@ class Sample:
     def make_delta(self, item: SampleOutput) -> Delta:
         """Turn an engine output into what the client gets; a stop string in the text ends the sample here."""
         delta = Delta(self.index, "", [], [], item.prompt_logprobs, item.finish_reason, None, self.num_cached_tokens)
-        stop: str | None = None
+        stop: str | int | None = None
         if item.token is not None:
-            delta.token_ids.append(item.token.token_id)
+            token_id = item.token.token_id
+            delta.token_ids.append(token_id)
             if self.request.logprobs is not None:
                 delta.logprobs.append(item.token)
-            delta.text, stop = self._detokenizer.add(item.token.token_id)
-        if stop is None and item.finish_reason is not None:
-            rest, stop = self._detokenizer.finish()
+            stop = token_id if self._is_stop_id(item) else None
+            if stop is None or self.request.stopping.include_stop:
+                delta.text, found = self._detokenizer.add(token_id)
+                stop = stop if found is None else found
+        if item.finish_reason is not None and not isinstance(stop, str):
+            rest, found = self._detokenizer.finish()
             delta.text += rest
+            stop = stop if found is None else found
         if stop is not None:
             delta.finish_reason, delta.stop_reason = "stop", stop
+        self._take_latents(item, delta)
         return delta
+
+    def _is_stop_id(self, item: SampleOutput) -> bool:
+        """Whether the engine ended it for a token that the request names."""
+        assert item.token is not None
+        return item.finish_reason == "stop" and item.token.token_id in self.request.stopping.stop_token_ids
+
+    def _take_latents(self, item: SampleOutput, delta: Delta) -> None:
+        """Keep the latents that came, and hand them over with the last delta."""
+        if item.latents is None:
+            return
+        if self.request.latents == "last":
+            self._latents.clear()
+        self._latents.append(item.latents)
+        if delta.finish_reason is not None:
+            delta.latents = b"".join(self._latents)
 
     def stats(self, reason: FinishReason, now: float) -> RequestStats:
         """The sample's record once it has ended."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from lrt_core.history import TokenHistory
 from lrt_core.window import WindowControl
 from server.engine.request import FinishReason, GenerationRequest, TokenLogprob
 
@@ -33,6 +34,8 @@ class Sequence:
     index: int
     seed: int
     number: int = 0
+    end_ids: frozenset[int] = frozenset()
+    """Ids that end it."""
     token_ids: list[int] = field(init=False)
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
@@ -57,6 +60,8 @@ class Sequence:
     num_counted_prompt_tokens: int = 0
     """Prompt tokens that statistics know of; unlike num_computed_tokens it survives a preemption, so that none counts twice."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    history: TokenHistory | None = None
+    """What penalties count; None until they have."""
     finish_reason: FinishReason | None = None
     first_scheduled: float | None = None
     """time.monotonic() of the first step that took it up."""
@@ -88,6 +93,17 @@ class Sequence:
     def output_ids(self) -> list[int]:
         """Generated ids."""
         return self.token_ids[len(self.request.prompt_ids) :]
+
+    def last_output_ids(self, count: int) -> list[int]:
+        """The last `count` generated ids, or all where there are fewer."""
+        return self.token_ids[max(self.num_prompt_tokens, len(self.token_ids) - count) :]
+
+    def count_outputs(self) -> TokenHistory:
+        """The tokens of prompt and output, counted up to now."""
+        if self.history is None:
+            self.history = TokenHistory(self.request.prompt_ids)
+        self.history.extend(self.last_output_ids(self.num_output_tokens - self.history.num_outputs))
+        return self.history
 
     @property
     def max_num_tokens(self) -> int:

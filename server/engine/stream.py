@@ -99,4 +99,5 @@ def join(deltas: Sequence[Delta]) -> Delta:
         last.finish_reason,
         last.stop_reason,
         last.num_cached_tokens,
+        last.latents,
     )

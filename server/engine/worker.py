@@ -39,6 +39,7 @@ class SampleOutput(NamedTuple):
     token: TokenLogprob | None
     prompt_logprobs: list[TokenLogprob] | None
     finish_reason: FinishReason | None
+    latents: bytes | None = None
 
 
 class StepReport(NamedTuple):
@@ -141,4 +142,4 @@ class EngineWorker:
         key = self._keys[sequence]
         if item.finish_reason is not None:
             self._forget(sequence, key)
-        return SampleOutput(key, item.token, item.prompt_logprobs, item.finish_reason)
+        return SampleOutput(key, item.token, item.prompt_logprobs, item.finish_reason, item.latents)
