@@ -207,6 +207,7 @@ def _load(settings: ServerConfig) -> tuple[Service, str]:
         exposition=metrics.exposition,
         max_body_size=settings.max_body_size,
         lenient=settings.lenient,
+        max_logprobs=settings.max_logprobs,
     )
     return service, greeting
 

@@ -47,6 +47,7 @@ class ServerConfig:
     deterministic: bool = False
     check_invariants: bool = False
     max_body_size: int = 16 * 2**20
+    max_logprobs: int = 20
     shutdown_timeout: float = 60.0
     lenient: bool = False
     metrics_prefix: str = "lrt"
@@ -155,6 +156,7 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
         help="names that requests may use, the first in metrics (default: the directory's name)",
     )
     add("--max-body-size", type=parse_bytes, metavar="BYTES", help="largest request body, such as 512K (default 16M)")
+    add("--max-logprobs", type=_at_least(int, 0), metavar="N", help="most logprobs a token may be asked for (default 20)")
     add("--shutdown-timeout", type=_seconds, metavar="SECONDS", help="how long running requests may finish (default 60)")
     add("--lenient", action="store_true", help="answer unknown fields with a warning header instead of a 400")
     add(

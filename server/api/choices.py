@@ -154,7 +154,7 @@ def write_prompt_logprobs(tokenizer: Tokenizer, delta: Delta, num_alternatives: 
             continue
         ranked = [(entry.token_id, entry.logprob, entry.rank)]
         ranked += [(id, logprob, rank) for rank, (id, logprob) in enumerate(entry.top[:num_alternatives], 1)]
-        entries = {}
+        entries: dict[str, Any] = {}
         for id, logprob, rank in ranked:
             text = tokenizer.decode([id])
             entries.setdefault(str(id), {"logprob": max(logprob, LOWEST_LOGPROB), "rank": rank, "decoded_token": text})

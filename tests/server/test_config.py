@@ -26,6 +26,7 @@ EVERY_FLAG = {
     "--prefill-tolerance": ("1e-3", 1e-3),
     "--threads": ("2", 2),
     "--max-body-size": ("1k", 1024),
+    "--max-logprobs": ("5", 5),
     "--shutdown-timeout": ("0.5", 0.5),
     "--metrics-prefix": ("vllm", "vllm"),
     "--log-level": ("debug", "debug"),
