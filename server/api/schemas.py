@@ -163,7 +163,7 @@ def _without_nulls(value: object) -> object:
 
 Prompts = Annotated[tuple[str, ...] | tuple[tuple[int, ...], ...], PlainValidator(_parse_prompt)]
 Text = Annotated[str, AfterValidator(_valid_text)]
-Name = Annotated[Text, Field(min_length=1, max_length=MAX_NAME)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(_valid_text)]
 NumLogprobs = Annotated[int, Field(ge=0), AfterValidator(_check_logprobs)]
 """How many logprobs to report beside a token's own, up to what the server allows (`parse_fields`)."""
 
