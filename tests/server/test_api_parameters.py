@@ -301,7 +301,7 @@ def test_penalties_survive_a_preemption() -> None:
     """A pool too small for both: the later is preempted and goes on, its history as it was."""
     small = Live(num_blocks=24, prefix_caching=False)
     fields = {"max_tokens": 50, "presence_penalty": 1.0, "repetition_penalty": 1.3, "ignore_eos": True, "latents": "all"}
-    bodies = [defaults({**fields, "prompt": PROMPT[:4] + [number]}) for number in (7, 9)]
+    bodies = [defaults({**fields, "prompt": [*PROMPT[:4], number]}) for number in (7, 9)]
     answers = [response.json()["choices"][0] for response in small.post(*bodies)]
     assert small.engine.scheduler.totals.num_preemptions > 0
     for body, answer in zip(bodies, answers, strict=True):
