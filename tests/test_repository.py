@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from server.api.schemas import NOT_BUILT, CompletionRequest
+from server.api.schemas import NOT_BUILT, REFUSED, CompletionRequest, StreamOptions
 from server.config import make_parser
 
 if sys.version_info >= (3, 11):
@@ -177,7 +177,7 @@ def test_readme_lists_the_flags() -> None:
 
 
 def test_readme_lists_the_fields() -> None:
-    rows = dict(re.findall(r"^\| (work|refused by name) \| (.*) \|$", README, re.MULTILINE))
-    named = {kind: set(re.findall(r"`([\w.]+)`", row)) for kind, row in rows.items()}
-    assert named["refused by name"] == NOT_BUILT
-    assert named["work"] == {*CompletionRequest.model_fields, "stream_options.include_usage"} - {"stream_options"}
+    table = README.partition("| fields of a completion | |\n|---|---|\n")[2].partition("\n\n")[0]
+    rows = {row.split("|")[1].strip(): set(re.findall(r"`([\w.]+)`", row)) for row in table.splitlines()}
+    assert rows.pop("refused by name") == {*NOT_BUILT, *REFUSED}
+    assert set().union(*rows.values()) == {*CompletionRequest.model_fields, *StreamOptions.model_fields}
