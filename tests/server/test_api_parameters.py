@@ -215,6 +215,8 @@ OUTSIDE: list[tuple[str, dict[str, Any]]] = [
     ("best_of", {"best_of": 1, "n": 2}),
     ("best_of", {"best_of": 3, "n": 2, "stream": True}),
     ("prompt", {"best_of": 128, "prompt": [[1]] * (MAX_CHOICES // 128 + 1)}),
+    ("logprobs", {"logprobs": 20, "echo": True, "n": 128, "prompt": [[1] * 150] * 4}),
+    ("prompt_logprobs", {"prompt_logprobs": 20, "n": 128, "prompt": [[1] * 150] * 4}),
     ("latents", {"latents": "all", "n": 100, "prompt": [[1] * 100] * 10, "max_tokens": 60}),
 ]
 
