@@ -60,8 +60,8 @@ def test_errors_are_the_client_s_own(client: openai.OpenAI) -> None:
         client.completions.create(model="tiny", prompt="a" * 64)
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as refused:
-        client.completions.create(model="tiny", prompt="hi", best_of=2)
-    assert refused.value.param == "best_of"
+        client.completions.create(model="tiny", prompt="hi", suffix="end")
+    assert refused.value.param == "suffix"
 
 
 def test_error_in_a_stream_is_raised(server: Running, client: openai.OpenAI) -> None:

@@ -194,7 +194,7 @@ def test_preemption_shows_in_no_answer_and_no_count(api: Api, checkpoint: Path, 
 
 
 def test_wrong_requests_do_not_disturb_right_ones(api: Api) -> None:
-    wrong = [{"prompt": [999]}, {"prompt": []}, {"model": "x"}, {"top_p": 0}, {"best_of": 2}, {"prompt": [1] * 65}]
+    wrong = [{"prompt": [999]}, {"prompt": []}, {"model": "x"}, {"top_p": 0}, {"suffix": "a"}, {"prompt": [1] * 65}]
     right = {"temperature": 0}
     *refused, answered = api.complete(*wrong, right)
     assert [response.status_code for response in refused] == [400, 400, 404, 400, 400, 400]
