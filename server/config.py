@@ -48,9 +48,9 @@ class ServerConfig:
     deterministic: bool = False
     check_invariants: bool = False
     max_body_size: int = 16 * 2**20
+    max_logprobs: int = 20
     shutdown_timeout: float = 60.0
     lenient: bool = False
-    max_logprobs: int = 20
     metrics_prefix: str = "lrt"
     stay_on_failure: bool = False
     log_level: str = "info"
@@ -158,8 +158,8 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
     )
     add("--chat-template", metavar="FILE", help="a Jinja2 chat template (default: the checkpoint's)")
     add("--max-body-size", type=parse_bytes, metavar="BYTES", help="largest request body, such as 512K (default 16M)")
+    add("--max-logprobs", type=_at_least(int, 0), metavar="N", help="most logprobs a token may be asked for (default 20)")
     add("--shutdown-timeout", type=_seconds, metavar="SECONDS", help="how long running requests may finish (default 60)")
-    add("--max-logprobs", type=_at_least(int, 0), metavar="N", help="most logprobs beside a token's own (default 20)")
     add("--lenient", action="store_true", help="answer unknown fields with a warning header instead of a 400")
     add(
         "--metrics-prefix",

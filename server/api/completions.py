@@ -47,6 +47,8 @@ AnyFieldsT = TypeVar("AnyFieldsT", bound=RequestFields)
 
 MAX_LATENT_BYTES = 2**26
 """Of all latents that one request may ask for."""
+MAX_LOGPROB_ENTRIES = 2**20
+"""Logprobs that one request may ask for, of all its tokens and choices; each takes some hundreds of bytes on its way."""
 
 
 class Writer(Protocol):
@@ -237,6 +239,7 @@ async def answer(service: Service, request: Request, generation: Generation[Any]
     generation.grammar = await compile_grammar(service.engine, fields.response_format, fields.structured_outputs)
     requests = generation.requests()
     check_latent_bytes(service, requests)
+    check_logprobs(requests, "logprobs" if fields.prompt_logprobs is None else "prompt_logprobs")
     streams = service.engine.admit_all(requests)
     logger.debug("%s: %d prompts, user %r", generation.id, len(requests), fields.user)
     if fields.stream:
@@ -270,6 +273,22 @@ def check_latent_bytes(service: Service, requests: Sequence[GenerationRequest]) 
     if num_bytes > MAX_LATENT_BYTES:
         message = f"'latents' may come to {num_bytes} bytes, more than {MAX_LATENT_BYTES}; ask for fewer samples or tokens"
         raise bad_request(message, param="latents")
+
+
+def check_logprobs(requests: Sequence[GenerationRequest], param: str) -> None:
+    """Raise ApiError (400), which names `param`, where more logprobs may come than one response should carry."""
+    num_entries = sum(
+        item.n
+        * (_num_entries(item.logprobs, item.stopping.max_tokens) + _num_entries(item.prompt_logprobs, len(item.prompt_ids)))
+        for item in requests
+    )
+    if num_entries > MAX_LOGPROB_ENTRIES:
+        message = f"'{param}' may come to {num_entries} entries, more than {MAX_LOGPROB_ENTRIES}; ask for fewer or in parts"
+        raise bad_request(message, param=param)
+
+
+def _num_entries(num_alternatives: int | None, num_tokens: int) -> int:
+    return 0 if num_alternatives is None else (1 + num_alternatives) * num_tokens
 
 
 def _warning(dropped: Sequence[str]) -> dict[str, str]:

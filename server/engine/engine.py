@@ -260,7 +260,7 @@ def _check_ids(vocab_size: int, request: GenerationRequest) -> None:
     for param, ids in given.items():
         outside = next((token for token in ids if not 0 <= token < vocab_size), None)
         if outside is not None:
-            raise RequestError(f"token id {outside} in {param} lies outside 0..{vocab_size - 1}", param=param)
+            raise RequestError(f"token id {outside} lies outside 0..{vocab_size - 1}", param=param)
 
 
 def _check_choice(vocab_size: int, request: GenerationRequest, end_ids: Collection[int]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrt_core.history import TokenHistory
 from lrt_core.sampling import SampleRow, sample, top_logprobs, uniform
 from lrt_core.sampling_params import SamplingParams
 
@@ -258,3 +259,61 @@ def test_no_alternatives() -> None:
 def test_bad_parameters_are_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
         SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("words", "output", "winner"),
+    [
+        (((0,),), (), 1),
+        (((0,),), (3, 3), 1),
+        (((3, 0),), (), 0),
+        (((3, 0),), (3,), 1),
+        (((3, 0),), (0, 3), 1),
+        (((3, 0),), (3, 2), 0),
+        (((2, 3, 0), (3, 1)), (2, 3), 2),
+        (((2, 3, 0), (3, 1)), (3,), 0),
+        (((0,), (1,), (2,)), (), 3),
+    ],
+)
+def test_bad_words_forbid_the_id_that_would_complete_them(
+    words: tuple[tuple[int, ...], ...], output: tuple[int, ...], winner: int
+) -> None:
+    """The prompt is no part of them."""
+    params = SamplingParams(temperature=0, bad_words=words)
+    row = SampleRow(params, prompt_ids=(2, 3), output_ids=output)
+    assert adjusted_winner([4.0, 3.0, 2.0, 1.0], row) == winner
+    tail = SampleRow(params, output_ids=output[max(0, len(output) - params.longest_bad_word) :])
+    assert adjusted_winner([4.0, 3.0, 2.0, 1.0], tail) == winner
+
+
+def test_forbidden_ids_stay_so_whatever_favours_them() -> None:
+    params = SamplingParams(temperature=0, logit_bias={0: 100.0}, allowed_token_ids=(0, 2))
+    assert adjusted_winner([1.0, 2.0, 0.0], SampleRow(params)) == 0
+    assert adjusted_winner([1.0, 2.0, 0.0], SampleRow(params, forbidden=(0,))) == 2
+
+
+def test_adjusting_leaves_the_logits_and_other_rows_as_they_are() -> None:
+    logits = torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0]])
+    before = logits.clone()
+    rows = [SampleRow(SamplingParams(temperature=0), forbidden=(1,)), SampleRow(SamplingParams(temperature=0))]
+    assert sample(logits, rows).tolist() == [0, 1]
+    assert torch.equal(logits, before)
+
+
+def test_a_kept_history_penalises_as_a_fresh_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prompt, output = (torch.randint(0, 50, (60,), generator=generator).tolist() for _ in range(2))
+    params = SamplingParams(temperature=0, presence_penalty=0.7, frequency_penalty=0.3, repetition_penalty=1.4)
+    history = TokenHistory(prompt)
+    for step in range(len(output)):
+        logits = torch.randn(1, 50, generator=generator)
+        fresh, kept = SampleRow(params, 0, step, prompt, output[:step]), SampleRow(params, 0, step, history=history)
+        assert sample(logits, [fresh]).tolist() == sample(logits, [kept]).tolist()
+        history.extend([output[step]])
+    assert dict(zip(history.ids, history.counts, strict=True)) == {id: output.count(id) for id in {*prompt, *output}}
+    assert history.num_outputs == len(output)
+
+
+def test_an_empty_bad_word_is_refused() -> None:
+    with pytest.raises(ValueError, match="bad_words"):
+        SamplingParams(bad_words=((1,), ()))

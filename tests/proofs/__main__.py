@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from tests.proofs.echo_memory import BOUND, NUM_TOKENS, VOCAB_SIZE, measure
 from tests.proofs.scoring import BOUNDS, count_differing, self_consistency
 from tests.proofs.soak import soak
 
@@ -17,7 +18,7 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of requests (default 1)")
     scale = parser.parse_args().scale
     torch.set_num_threads(1)
-    held = [_consistency(int(500 * scale)), _invariance(int(200 * scale)), _soak(int(10_000 * scale))]
+    held = [_consistency(int(500 * scale)), _invariance(int(200 * scale)), _soak(int(10_000 * scale)), _echo()]
     return 0 if all(held) else 1
 
 
@@ -49,6 +50,12 @@ def _soak(count: int) -> bool:
     left = (found.num_used_blocks, found.num_known_sequences, found.num_tasks)
     print(f"  blocks, sequences, tasks left: {left}; last tenth at {found.rates[-1] / found.rates[0]:.1%} of the first's rate")
     return left == (0, 0, 0)
+
+
+def _echo() -> bool:
+    size = measure()
+    print(f"an echo of {NUM_TOKENS} tokens at a vocabulary of {VOCAB_SIZE}: {size / 2**20:.0f} MiB (bound {BOUND / 2**20:.0f})")
+    return size < BOUND
 
 
 if __name__ == "__main__":

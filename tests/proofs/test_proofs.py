@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.proofs.echo_memory import BOUND, measure
 from tests.proofs.scoring import BOUNDS, count_differing, self_consistency
 from tests.proofs.soak import soak
 
@@ -29,3 +30,8 @@ def test_nothing_is_left_after_random_traffic() -> None:
     assert found.num_aborted > 20
     assert (found.num_used_blocks, found.num_known_sequences, found.num_tasks) == (0, 0, 0)
     assert max(found.traced[5:]) < 1.5 * max(found.traced[:5])
+
+
+@pytest.mark.slow
+def test_a_long_echo_stays_within_its_memory() -> None:
+    assert 0 < measure() < BOUND

@@ -1,303 +1,658 @@
-"""Every parameter of a completion over a real engine: the output changes as it should, and what is out of bounds is a 400 that
-names it. What generation comes to in each shape of request is `test_http.py`'s; forms of output are `test_structured.py`'s."""
+"""The parameter matrix: every field of a completion changes the output as it should, has its bounds, and its 400.
+
+Most expectations come from the oracle, token by token and alone.
+"""
 
 from __future__ import annotations
 
 import base64
+import logging
 import math
-from collections.abc import Iterator
-from pathlib import Path
+import threading
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from lrt_core.checkpoint import load_model
 from lrt_core.generate import generate, read
 from lrt_core.sampling_params import SamplingParams
-from server.api.errors import ApiError
-from server.api.schemas import CompletionRequest, GenerationFields, parse_fields
-from server.api.values import MAX_CHARACTERS, MAX_STRINGS
-from tests.helpers import TINY_VOCAB_SIZE, tiny_tokenizer
-from tests.server.fakes import assert_envelope, events
-from tests.server.test_http import Api
-
-PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
-TOKENIZER = tiny_tokenizer()
-GREEDY = {"prompt": PROMPT, "temperature": 0, "max_tokens": 12, "ignore_eos": True, "return_token_ids": True}
-SAMPLED = {**GREEDY, "temperature": 1.5, "seed": 3}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from lrt_core.checkpoint import save_checkpoint
-    from tests.helpers import contracting_model
-
-    save_checkpoint(tmp_path_factory.mktemp("matrix") / "checkpoint", contracting_model("layerwise"), TOKENIZER)
-    return tmp_path_factory.getbasetemp() / "matrix0" / "checkpoint"
-
-
-@pytest.fixture(scope="module")
-def api(folder: Path) -> Iterator[Api]:
-    yield Api(folder, max_num_seqs=8)
-
-
-def body_of(api: Api, base: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    (response,) = api.complete({**base, **fields})
-    assert response.status_code == 200, response.text
-    return response.json()  # type: ignore[no-any-return]
-
-
-def choice_of(api: Api, base: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    return body_of(api, base, **fields)["choices"][0]  # type: ignore[no-any-return]
-
-
-def ids_of(api: Api, base: dict[str, Any] = GREEDY, **fields: Any) -> list[int]:
-    return choice_of(api, base, **fields)["token_ids"]  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"presence_penalty": 1.5},
-        {"frequency_penalty": 1.5},
-        {"repetition_penalty": 1.7},
-        {"logit_bias": {"20": 100, "21": 99.5}},
-        {"allowed_token_ids": [30, 31, 32]},
-        {"temperature": 1.5, "seed": 3, "min_p": 0.9},
-        {"temperature": 1.5, "seed": 3, "top_k": 2},
-        {"temperature": 1.5, "seed": 3, "top_p": 0.05},
-        {"temperature": 1.5, "seed": 4},
-    ],
-    ids=lambda fields: "-".join(fields),
+from server.api.completions import MAX_LATENT_BYTES
+from server.api.schemas import (
+    MAX_CHARACTERS,
+    MAX_CHOICES,
+    MAX_NAME,
+    MAX_STOP_IDS,
+    MAX_STRINGS,
+    CompletionRequest,
+    StreamOptions,
 )
-def test_what_is_drawn_is_the_oracles_and_another_than_without(api: Api, folder: Path, fields: dict[str, Any]) -> None:
-    base = GREEDY if "temperature" not in fields else SAMPLED
-    found = ids_of(api, base, **fields)
-    bias = {int(key): value for key, value in fields.get("logit_bias", {}).items()}
-    params = {"temperature": 0.0, **{key: value for key, value in fields.items() if key != "logit_bias"}, "logit_bias": bias}
-    allowed = params.pop("allowed_token_ids", None)
-    exact = SamplingParams(**params, allowed_token_ids=None if allowed is None else tuple(allowed))
-    assert found == list(generate(load_model(folder, dtype=torch.float32), PROMPT, 12, exact))
-    assert found != ids_of(api, base)
+from server.engine import model_runner
+from server.engine.engine import StepOutput
+from server.engine.model_runner import logits_rows
+from tests.helpers import TINY_VOCAB_SIZE, VARIANTS, random_ids, tiny_config, tiny_model
+from tests.server.fakes import FakeEngine, assert_envelope, complete, events
+from tests.server.live import EOS, PROMPT, TOKENIZER, Live, defaults
+
+INVALID = "invalid_request_error"
+A, B = ord("a"), ord("b")
+BOS = TOKENIZER.bos_id
 
 
-def test_bias_and_allowed_ids_and_penalties_do_what_they_say(api: Api) -> None:
-    assert set(ids_of(api, logit_bias={"20": 100})) == {20}
-    assert set(ids_of(api, SAMPLED, allowed_token_ids=[30, 31])) <= {30, 31}
-    forbidden = ids_of(api)[0]
-    assert forbidden not in ids_of(api, logit_bias={str(forbidden): -100})
-    crowded = ids_of(api, logit_bias={"20": 100, "21": 99.5}, frequency_penalty=2)
-    assert set(crowded) == {20, 21}, "a penalty goes before the bias"
+@cache
+def live() -> Live:
+    return Live()
 
 
-def test_bad_words(api: Api) -> None:
-    word = TOKENIZER.token_bytes(65).decode()
-    pushed = {"logit_bias": {"65": 100, "66": 90}}
-    assert set(ids_of(api, **pushed)) == {65}
-    assert 65 not in ids_of(api, **pushed, bad_words=[word])
-    pair = ids_of(api, **pushed, bad_words=["AA"])
-    assert "AA" not in TOKENIZER.decode(pair) and 65 in pair, "only what ends the word is forbidden"
+def oracle(max_tokens: int = 12, min_tokens: int = 0, prompt: list[int] = PROMPT, **params: Any) -> list[int]:
+    """What the first sample must come to."""
+    sampling = SamplingParams(**{"temperature": 0.0, **params})
+    return list(generate(live().model, prompt, max_tokens, sampling, TOKENIZER.eos_ids, min_tokens))
 
 
-def test_min_tokens_puts_every_end_off(api: Api) -> None:
-    first = ids_of(api)[0]
-    ended = choice_of(api, GREEDY, stop_token_ids=[first])
-    assert (ended["token_ids"], ended["finish_reason"], ended["stop_reason"]) == ([first], "stop", first)
-    late = choice_of(api, GREEDY, stop_token_ids=[first], min_tokens=5)
-    assert len(late["token_ids"]) >= 5 and first not in late["token_ids"][:5]
-    eos = min(TOKENIZER.eos_ids)
-    wanted = {"logit_bias": {str(eos): 100}, "ignore_eos": False}
-    assert ids_of(api, **wanted) == [eos]
-    assert eos not in (found := ids_of(api, **wanted, min_tokens=4))[:4] and found[4] == eos
-    text = {"logit_bias": {"65": 100}, "stop": "A"}
-    assert len(ids_of(api, **text)) == 1 and len(ids_of(api, **text, min_tokens=3)) == 3
+def usage(body: dict[str, Any]) -> tuple[int, int]:
+    return body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]
 
 
-def test_stops_are_cut_off_unless_wanted(api: Api) -> None:
-    pushed = {"logit_bias": {"65": 100}, "frequency_penalty": 0}
-    cut = choice_of(api, GREEDY, **pushed, stop=["AAA"])
-    assert (cut["text"], cut["stop_reason"], cut["token_ids"]) == ("", "AAA", [65, 65, 65])
-    kept = choice_of(api, GREEDY, **pushed, stop=["AAA"], include_stop_str_in_output=True)
-    assert (kept["text"], kept["stop_reason"]) == ("AAA", "AAA")
-    by_id = choice_of(api, GREEDY, **pushed, stop_token_ids=[65])
-    assert (by_id["text"], by_id["stop_reason"]) == ("", 65)
-    assert choice_of(api, GREEDY, **pushed, stop_token_ids=[65], include_stop_str_in_output=True)["text"] == "A"
+# Every field: the same request with two values of it, and what of the answer must differ.
+
+Look = Callable[[dict[str, Any]], Any]
 
 
-def test_ignore_eos(api: Api) -> None:
-    wanted = {"logit_bias": {str(min(TOKENIZER.eos_ids)): 100}}
-    assert choice_of(api, GREEDY, **wanted, ignore_eos=False)["finish_reason"] == "stop"
-    assert choice_of(api, GREEDY, **wanted)["finish_reason"] == "length"
+def ids_of(body: dict[str, Any]) -> Any:
+    return [choice["token_ids"] for choice in body["choices"]]
 
 
-def test_best_of_answers_the_likeliest(api: Api) -> None:
-    fields = {**SAMPLED, "logprobs": 0}
-    every = body_of(api, fields, n=6)["choices"]
-    means = [sum(choice["logprobs"]["token_logprobs"]) / 12 for choice in every]
-    best = body_of(api, fields, n=2, best_of=6)
-    order = sorted(range(6), key=lambda index: means[index], reverse=True)[:2]
-    assert [choice["token_ids"] for choice in best["choices"]] == [every[index]["token_ids"] for index in order]
-    assert [choice["index"] for choice in best["choices"]] == [0, 1]
-    assert best["usage"]["completion_tokens"] == 72, "every sample was generated"
-    assert body_of(api, SAMPLED, best_of=2)["choices"][0]["logprobs"] is None, "ranked by what was not asked for"
+def texts_of(body: dict[str, Any]) -> Any:
+    return [choice["text"] for choice in body["choices"]]
 
 
-def test_prompt_logprobs_are_the_oracles(api: Api, folder: Path) -> None:
-    entries = choice_of(api, GREEDY, prompt_logprobs=2)["prompt_logprobs"]
-    exact = torch.log_softmax(read(load_model(folder, dtype=torch.float32), PROMPT).logits, -1)
-    assert entries[0] is None and len(entries) == len(PROMPT)
-    for position, (entry, token) in enumerate(zip(entries[1:], PROMPT[1:], strict=True)):
-        row = exact[position]
-        own = entry[str(token)]
-        assert own["logprob"] == pytest.approx(float(row[token]), abs=1e-4)
-        assert own["rank"] == 1 + int((row > row[token]).sum())
-        assert own["decoded_token"] == TOKENIZER.decode([token])
-        assert {str(id) for id in row.topk(2).indices.tolist()} <= set(entry) and len(entry) <= 3
-    again = choice_of(api, GREEDY, prompt_logprobs=2)["prompt_logprobs"]
-    assert [set(entry or ()) for entry in again] == [set(entry or ()) for entry in entries], "with a prefix hit too"
+def prompt_of(body: dict[str, Any]) -> Any:
+    return body["choices"][0]["prompt_token_ids"]
 
 
-def latents_of(choice: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    given = choice["latents"]
-    assert given["dtype"] == "float32"
-    return np.frombuffer(base64.b64decode(given["data"]), "<f4").reshape(given["shape"])
+def shape_of(body: dict[str, Any]) -> Any:
+    return sorted(body["choices"][0])
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5, "n": 3}])
-def test_latents_are_the_oracles(api: Api, folder: Path, sampling: dict[str, Any]) -> None:
-    model = load_model(folder, dtype=torch.float32)
-    for choice in body_of(api, GREEDY, **sampling, latents="all")["choices"]:
-        computed = [*PROMPT, *choice["token_ids"][:-1]]
-        exact = read(model, computed).latents.numpy()
-        found = latents_of(choice)
-        assert found.shape == exact.shape == (len(computed), model.config.hidden_size)
-        assert np.abs(found - exact).max() < 1e-3 * np.abs(exact).max() + 1e-3
-    whole = latents_of(choice_of(api, GREEDY, latents="all"))
-    assert np.array_equal(latents_of(choice_of(api, GREEDY, latents="last")), whole[-1:])
-    (response,) = api.complete({**GREEDY, "latents": "last", "stream": True})
-    ends = [chunk["choices"][0] for chunk in events(response)]
-    assert np.array_equal(latents_of(ends[-1]), whole[-1:]) and all("latents" not in choice for choice in ends[:-1])
+HOT = {"temperature": 1.0, "seed": 1}
+ENDING = {"logit_bias": {str(EOS): 100}}
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], Look]] = {
+    "prompt": ({}, {"prompt": [1, 2]}, ids_of),
+    "max_tokens": ({}, {"max_tokens": 3}, ids_of),
+    "min_tokens": (ENDING, {**ENDING, "min_tokens": 2}, ids_of),
+    "temperature": ({"seed": 1}, HOT, ids_of),
+    "top_p": (HOT, {**HOT, "top_p": 0.1}, ids_of),
+    "top_k": (HOT, {**HOT, "top_k": 1}, ids_of),
+    "min_p": (HOT, {**HOT, "min_p": 0.5}, ids_of),
+    "presence_penalty": ({}, {"presence_penalty": 2}, ids_of),
+    "frequency_penalty": ({}, {"frequency_penalty": 2}, ids_of),
+    "repetition_penalty": ({}, {"repetition_penalty": 3}, ids_of),
+    "logit_bias": ({}, {"logit_bias": {"97": 100}}, ids_of),
+    "allowed_token_ids": ({}, {"allowed_token_ids": [A, B]}, ids_of),
+    "bad_words": ({"allowed_token_ids": [A, B], **HOT}, {"allowed_token_ids": [A, B], "bad_words": ["aa"], **HOT}, ids_of),
+    "n": ({}, {"n": 2}, ids_of),
+    "best_of": ({**HOT, "max_tokens": 4}, {**HOT, "max_tokens": 4, "best_of": 5}, usage),
+    "stop": ({"allowed_token_ids": [A]}, {"allowed_token_ids": [A], "stop": "aaa"}, texts_of),
+    "stop_token_ids": ({"allowed_token_ids": [A]}, {"allowed_token_ids": [A], "stop_token_ids": [A]}, ids_of),
+    "include_stop_str_in_output": (
+        {"allowed_token_ids": [A], "stop": "aa"},
+        {"allowed_token_ids": [A], "stop": "aa", "include_stop_str_in_output": True},
+        texts_of,
+    ),
+    "ignore_eos": (ENDING, {**ENDING, "ignore_eos": True}, ids_of),
+    "seed": (HOT, {**HOT, "seed": 2}, ids_of),
+    "logprobs": ({}, {"logprobs": 1}, lambda body: body["choices"][0]["logprobs"]),
+    "echo": ({}, {"echo": True}, texts_of),
+    "prompt_logprobs": ({}, {"prompt_logprobs": 1}, shape_of),
+    "return_token_ids": ({}, {"return_token_ids": False}, shape_of),
+    "latents": ({}, {"latents": "last"}, shape_of),
+    "add_special_tokens": ({"prompt": "hi"}, {"prompt": "hi", "add_special_tokens": False}, prompt_of),
+    "allow_special": ({"prompt": "<|bos|>"}, {"prompt": "<|bos|>", "allow_special": True}, prompt_of),
+    "truncate_prompt_tokens": ({}, {"truncate_prompt_tokens": 3}, prompt_of),
+    "request_id": ({}, {"request_id": "mine"}, lambda body: body["id"] == "mine"),
+    "stream_options.continuous_usage_stats": (
+        {"stream": True},
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        lambda body: body["usage"],
+    ),
+    "stream_options.include_usage": (
+        {"stream": True},
+        {"stream": True, "stream_options": {"include_usage": True}},
+        lambda body: body["usage"],
+    ),
+}
+ELSEWHERE = {"model", "stream", "priority", "cache_salt", "user"}
+"""Fields whose effect takes another test to see: below, `model` in test_api_validation.py, `stream` in every stream."""
 
 
-def test_special_tokens_in_text(api: Api) -> None:
-    bos = TOKENIZER.bos_id
-    prompt = {"prompt": "<|bos|>hi"}
-    plain = choice_of(api, GREEDY, **prompt)["prompt_token_ids"]
-    assert plain.count(bos) == 1 and plain[0] == bos, "the checkpoint's own; the text stays text"
-    assert choice_of(api, GREEDY, **prompt, add_special_tokens=False)["prompt_token_ids"] == plain[1:]
-    assert choice_of(api, GREEDY, **prompt, allow_special=True)["prompt_token_ids"][:2] == [bos, bos]
+def test_every_field_is_tried() -> None:
+    fields = set(CompletionRequest.model_fields) - {"stream_options"}
+    fields |= {f"stream_options.{name}" for name in StreamOptions.model_fields}
+    assert fields == CHANGES.keys() | ELSEWHERE
 
 
-def test_truncation_keeps_the_end(api: Api) -> None:
-    cut = choice_of(api, GREEDY, truncate_prompt_tokens=3)
-    assert cut["prompt_token_ids"] == PROMPT[-3:] and cut["token_ids"] == ids_of(api, GREEDY, prompt=PROMPT[-3:])
-    long = list(range(1, 200)) * 2
-    fitting = choice_of(api, GREEDY, prompt=long, truncate_prompt_tokens=-1)
-    room = api.engine.config.max_model_len
-    assert fitting["prompt_token_ids"] == long[-(room - 1) :] and fitting["finish_reason"] == "length"
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_field_changes_the_output(field: str) -> None:
+    without, with_it, look = CHANGES[field]
+    before, after = look(live().body(**without)), look(live().body(**with_it))
+    assert before != after
+    assert look(live().body(**without)) == before, "nothing else changed"
 
 
-def test_names_of_a_request(api: Api) -> None:
-    assert body_of(api, GREEDY, request_id="my-request.1")["id"] == "my-request.1"
-    assert body_of(api, GREEDY, user="me")["id"].startswith("cmpl-")
-
-
-def test_salts_and_priorities_change_no_token(api: Api) -> None:
-    prompt = {"prompt": [40] * 40}
-    first = body_of(api, GREEDY, **prompt, cache_salt="a")
-    again = body_of(api, GREEDY, **prompt, cache_salt="a")
-    other = body_of(api, GREEDY, **prompt, cache_salt="b", priority=-3)
-    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
-    assert other["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-    assert len({tuple(body["choices"][0]["token_ids"]) for body in (first, again, other)}) == 1
-
-
-def test_lower_priorities_are_served_first(folder: Path) -> None:
-    api = Api(folder, max_num_seqs=1)
-    ranks = [5, 3, -2, 4]
-    served: list[int] = []
-    place = api.engine.engine.scheduler._place
-    api.engine.engine.scheduler._place = lambda sequence, matched: (  # type: ignore[method-assign]
-        served.append(sequence.request.priority),
-        place(sequence, matched),
-    )[1]
-    api.complete(*({**GREEDY, "max_tokens": 40, "priority": rank} for rank in ranks))
-    assert sorted(served[1:]) == served[1:] and sorted(served) == sorted(ranks), "the first found nobody beside it"
-
-
-def test_usage_so_far_in_every_chunk(api: Api) -> None:
-    (response,) = api.complete({**GREEDY, "stream": True, "stream_options": {"continuous_usage_stats": True}})
-    counts = [chunk["usage"]["completion_tokens"] for chunk in events(response)]
-    assert counts == sorted(counts) and counts[-1] == 12 and len(counts) > 1
-
-
-BAD: list[tuple[str, Any, str]] = [
+WRONG: list[tuple[str, Any, str]] = [
     ("min_tokens", -1, "greater than or equal to 0"),
-    ("min_tokens", 13, "more than max_tokens"),
+    ("min_tokens", 17, "more than max_tokens, which is 16"),
+    ("min_tokens", 1.0, "integer"),
+    ("min_p", -0.1, "greater than or equal to 0"),
     ("min_p", 1.1, "less than or equal to 1"),
     ("presence_penalty", 2.1, "less than or equal to 2"),
+    ("presence_penalty", "much", "number"),
     ("frequency_penalty", -2.1, "greater than or equal to -2"),
     ("repetition_penalty", 0, "greater than or equal to 0.01"),
-    ("logit_bias", {"x": 1}, "token ids as keys"),
+    ("repetition_penalty", 101, "less than or equal to 100"),
+    ("logit_bias", [1], "object of numbers by token id"),
+    ("logit_bias", {"a": 1}, "token ids as keys, not 'a'"),
+    ("logit_bias", {"-1": 1}, "token ids as keys"),
+    ("logit_bias", {"01": 1}, "token ids as keys"),
     ("logit_bias", {"1": 101}, "from -100 to 100"),
-    ("logit_bias", {str(TINY_VOCAB_SIZE): 1}, "outside"),
+    ("logit_bias", {"1": True}, "from -100 to 100"),
+    ("logit_bias", {"1": None}, "from -100 to 100"),
     ("allowed_token_ids", [], "must not be empty"),
-    ("allowed_token_ids", [TINY_VOCAB_SIZE], "outside"),
-    ("bad_words", [""], "empty string"),
+    ("allowed_token_ids", ["a"], "list of integer token ids"),
+    ("allowed_token_ids", 3, "list of integer token ids"),
     ("bad_words", "word", "list of strings"),
-    ("stop", ["x"] * (MAX_STRINGS + 1), "more than"),
-    ("stop_token_ids", [TINY_VOCAB_SIZE], "outside"),
-    ("stop_token_ids", [1.5], "integer token ids"),
-    ("include_stop_str_in_output", 1, "valid boolean"),
+    ("bad_words", ["a", ""], "empty string"),
+    ("bad_words", ["a"] * (MAX_STRINGS + 1), f"more than {MAX_STRINGS} strings"),
+    ("stop_token_ids", [True], "list of integer token ids"),
+    ("stop_token_ids", list(range(MAX_STOP_IDS + 1)), f"more than {MAX_STOP_IDS} ids"),
+    ("include_stop_str_in_output", 1, "boolean"),
     ("best_of", 0, "greater than or equal to 1"),
+    ("best_of", 129, "less than or equal to 128"),
+    ("prompt_logprobs", -1, "greater than or equal to 0"),
     ("prompt_logprobs", 21, "less than or equal to 20"),
-    ("logprobs", 21, "less than or equal to 20"),
-    ("truncate_prompt_tokens", 0, "at least 1"),
-    ("truncate_prompt_tokens", 10_000, "maximum context length"),
-    ("priority", 2**63, "less than"),
-    ("cache_salt", "", "at least 1 character"),
-    ("user", "u" * 513, "at most 512"),
-    ("request_id", "a b", "letters, digits"),
     ("latents", "first", "'last' or 'all'"),
-    ("add_special_tokens", "yes", "valid boolean"),
-    ("allow_special", 1, "valid boolean"),
-    ("suffix", "x", "suffix"),
+    ("latents", True, "'last' or 'all'"),
+    ("add_special_tokens", "no", "boolean"),
+    ("allow_special", 1, "boolean"),
+    ("truncate_prompt_tokens", 0, "at least 1, or -1"),
+    ("truncate_prompt_tokens", -2, "greater than or equal to -1"),
+    ("truncate_prompt_tokens", 65, "at most 64"),
+    ("suffix", "end", "cannot fill in"),
+    ("priority", 2**63, "less than"),
+    ("priority", "high", "integer"),
+    ("cache_salt", "", "at least 1 character"),
+    ("cache_salt", "s" * (MAX_NAME + 1), f"at most {MAX_NAME} characters"),
+    ("user", 3, "string"),
+    ("user", "u" * (MAX_NAME + 1), f"at most {MAX_NAME} characters"),
+    ("request_id", "a b", "letters, digits"),
+    ("request_id", "", "letters, digits"),
+    ("request_id", "x" * 129, "1 to 128"),
+    ("request_id", "a\n", "letters, digits"),
 ]
 
 
+@pytest.mark.parametrize("lenient", [False, True])
+@pytest.mark.parametrize(("field", "value", "message"), WRONG, ids=[f"{i}-{w[0]}" for i, w in enumerate(WRONG)])
+def test_a_wrong_value_is_a_400_that_names_the_field(field: str, value: Any, message: str, lenient: bool) -> None:
+    engine = FakeEngine()
+    told = assert_envelope(complete(engine, lenient, **{field: value}), 400, INVALID, field)
+    assert f"'{field}'" in told and message in told and len(told) < 300
+    assert engine.requests == []
+
+
+OUTSIDE: list[tuple[str, dict[str, Any]]] = [
+    ("logit_bias", {"logit_bias": {str(TINY_VOCAB_SIZE): 1}}),
+    ("allowed_token_ids", {"allowed_token_ids": [0, TINY_VOCAB_SIZE]}),
+    ("stop_token_ids", {"stop_token_ids": [-1]}),
+    ("min_tokens", {"min_tokens": 12, "prompt": [1] * 150}),
+    ("allowed_token_ids", {"allowed_token_ids": [EOS], "min_tokens": 1}),
+    ("allowed_token_ids", {"allowed_token_ids": [A], "bad_words": ["aa"]}),
+    ("stop", {"stop": ["a" * MAX_CHARACTERS, "b"]}),
+    ("bad_words", {"bad_words": ["a" * MAX_CHARACTERS, "b"]}),
+    ("best_of", {"best_of": 1, "n": 2}),
+    ("best_of", {"best_of": 3, "n": 2, "stream": True}),
+    ("prompt", {"best_of": 128, "prompt": [[1]] * (MAX_CHOICES // 128 + 1)}),
+    ("logprobs", {"logprobs": 20, "echo": True, "n": 128, "prompt": [[1] * 150] * 4}),
+    ("prompt_logprobs", {"prompt_logprobs": 20, "n": 128, "prompt": [[1] * 150] * 4}),
+    ("latents", {"latents": "all", "n": 100, "prompt": [[1] * 100] * 10, "max_tokens": 60}),
+]
+
+
+@pytest.mark.parametrize(("field", "fields"), OUTSIDE, ids=[f"{i}-{o[0]}" for i, o in enumerate(OUTSIDE)])
+def test_what_only_the_engine_or_other_fields_make_wrong_is_named_too(
+    field: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.api.completions.MAX_LATENT_BYTES", 2**22)
+    assert_envelope(live().ask(**fields), 400, INVALID, field)
+
+
 @pytest.mark.parametrize(
-    ("field", "value", "message"), BAD, ids=[f"{field}-{index}" for index, (field, _, _) in enumerate(BAD)]
+    ("field", "fields"),
+    [
+        ("min_tokens", {"min_tokens": 12}),
+        ("min_p", {"min_p": 1}),
+        ("logit_bias", {"logit_bias": {"0": -100, str(TINY_VOCAB_SIZE - 1): 100}}),
+        ("logit_bias", {"logit_bias": {}}),
+        ("repetition_penalty", {"repetition_penalty": 100}),
+        ("repetition_penalty", {"repetition_penalty": 0.01}),
+        ("stop", {"stop": ["a" * (MAX_CHARACTERS - MAX_STRINGS + 1), *["b"] * (MAX_STRINGS - 1)]}),
+        ("bad_words", {"bad_words": []}),
+        ("stop_token_ids", {"stop_token_ids": []}),
+        ("allowed_token_ids", {"allowed_token_ids": [7] * 3000}),
+        ("prompt_logprobs", {"prompt_logprobs": 20, "logprobs": 20}),
+        ("truncate_prompt_tokens", {"truncate_prompt_tokens": 160}),
+        ("priority", {"priority": -(2**63)}),
+        ("request_id", {"request_id": "a-b_c.d:" + "1" * 120}),
+        ("best_of", {"best_of": 1, "stream": True}),
+    ],
 )
-def test_what_is_out_of_bounds_is_refused_by_name(api: Api, field: str, value: Any, message: str) -> None:
-    (response,) = api.complete({**GREEDY, field: value})
-    assert_envelope(response, 400, response.json()["error"]["code"], field)
-    assert message in response.json()["error"]["message"]
+def test_bounds_are_allowed(field: str, fields: dict[str, Any]) -> None:
+    assert field in fields and live().body(**fields)["choices"]
 
 
-def test_stops_are_bounded_together() -> None:
-    with pytest.raises(ApiError, match="characters in all"):
-        parse_fields(CompletionRequest, {"prompt": "x", "stop": "x" * (MAX_CHARACTERS + 1)})
+# Sampling: what the oracle samples.
 
 
-def test_what_does_not_go_together(api: Api) -> None:
-    for fields, param in (
-        ({"best_of": 1, "n": 2}, "best_of"),
-        ({"best_of": 3, "stream": True}, "best_of"),
-        ({"bad_words": ["A"], "allowed_token_ids": [65]}, "allowed_token_ids"),
-    ):
-        (response,) = api.complete({**GREEDY, **fields})
-        assert response.json()["error"]["param"] == param, response.text
-        assert response.status_code == 400
+@pytest.mark.parametrize(
+    "heat", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 1.5, "seed": 4, "top_k": 40, "top_p": 0.9}]
+)
+@pytest.mark.parametrize(
+    ("fields", "params"),
+    [
+        ({"presence_penalty": 1.5}, {"presence_penalty": 1.5}),
+        ({"frequency_penalty": -0.7}, {"frequency_penalty": -0.7}),
+        ({"repetition_penalty": 1.7}, {"repetition_penalty": 1.7}),
+        ({"min_p": 0.2}, {"min_p": 0.2}),
+        ({"logit_bias": {"98": 4.5, "220": -8}}, {"logit_bias": {98: 4.5, 220: -8.0}}),
+        ({"allowed_token_ids": [220, A, 217]}, {"allowed_token_ids": (220, A, 217)}),
+        ({"bad_words": ["a", "ab"]}, {"bad_words": ((A,), (32, A), (A, B), (32, A, B))}),
+        (
+            {
+                "allowed_token_ids": [A, B, 99],
+                "bad_words": ["ab"],
+                "presence_penalty": 2,
+                "repetition_penalty": 1.2,
+                "min_p": 0.1,
+            },
+            {
+                **{"allowed_token_ids": (A, B, 99), "bad_words": ((A, B), (32, A, B)), "presence_penalty": 2},
+                **{"repetition_penalty": 1.2, "min_p": 0.1},
+            },
+        ),
+    ],
+)
+def test_sampling_fields_do_what_the_oracle_does(fields: dict[str, Any], params: dict[str, Any], heat: dict[str, Any]) -> None:
+    assert live().ids(max_tokens=24, **fields, **heat) == oracle(24, **params, **heat)
 
 
-def test_every_field_is_tried_somewhere() -> None:
-    """Fields without a test of their own here, and where they have one."""
-    elsewhere = {
-        *("model", "prompt", "max_tokens", "temperature", "n", "seed", "echo", "stream", "stream_options", "return_token_ids"),
-        *("response_format", "structured_outputs"),
+def test_fields_of_one_request_do_not_reach_another() -> None:
+    bodies = [
+        defaults({}),
+        defaults({"presence_penalty": 2}),
+        defaults({"allowed_token_ids": [A]}),
+        defaults({"bad_words": ["a"]}),
+    ]
+    alone = [live().post(body)[0].json()["choices"] for body in bodies]
+    assert [response.json()["choices"] for response in live().post(*bodies)] == alone
+
+
+def test_penalties_survive_a_preemption() -> None:
+    """A pool too small for both: the later is preempted and goes on, its history as it was."""
+    small = Live(num_blocks=24, prefix_caching=False)
+    fields = {"max_tokens": 50, "presence_penalty": 1.0, "repetition_penalty": 1.3, "ignore_eos": True, "latents": "all"}
+    bodies = [defaults({**fields, "prompt": [*PROMPT[:4], number]}) for number in (7, 9)]
+    answers = [response.json()["choices"][0] for response in small.post(*bodies)]
+    assert small.engine.scheduler.totals.num_preemptions > 0
+    for body, answer in zip(bodies, answers, strict=True):
+        sampling = SamplingParams(temperature=0, presence_penalty=1.0, repetition_penalty=1.3)
+        assert answer["token_ids"] == list(generate(small.model, body["prompt"], 50, sampling))
+        assert_latents(answer, [*body["prompt"], *answer["token_ids"][:-1]], small)
+
+
+def test_a_bad_word_cannot_be_made_of_its_tokens() -> None:
+    fields = {"allowed_token_ids": [A, B], **HOT, "max_tokens": 100}
+    assert "aab" in live().choice(**fields)["text"]
+    assert "aab" not in live().choice(bad_words=["aab"], **fields)["text"]
+    assert "b" in live().choice(bad_words=["aab"], **fields)["text"]
+
+
+def test_a_bad_word_is_forbidden_behind_a_space_too() -> None:
+    """` d` is one token, `d` another."""
+    space_d, d = TOKENIZER.encode(" d", add_bos=False), TOKENIZER.encode("d", add_bos=False)
+    assert len(space_d) == len(d) == 1 and space_d != d
+    fields = {"allowed_token_ids": [A, *space_d, *d], **HOT, "max_tokens": 60}
+    assert {*space_d, *d} <= set(live().ids(**fields))
+    assert set(live().ids(bad_words=["d"], **fields)) == {A}
+
+
+# Stopping.
+
+
+def test_min_tokens_suppresses_every_end() -> None:
+    assert live().ids(**ENDING) == [EOS]
+    found = live().choice(min_tokens=4, **ENDING)
+    assert found["token_ids"] == oracle(min_tokens=4, logit_bias={EOS: 100.0}) and len(found["token_ids"]) == 5
+    assert found["token_ids"][-1] == EOS and (found["finish_reason"], found["stop_reason"]) == ("stop", None)
+    named = {"stop_token_ids": [A], "logit_bias": {str(A): 100}}
+    assert live().ids(**named) == [A]
+    held = live().choice(min_tokens=2, **named)
+    assert len(held["token_ids"]) == 3 and A not in held["token_ids"][:2] and held["stop_reason"] == A
+
+
+def test_min_tokens_lets_stop_strings_pass() -> None:
+    fields = {"allowed_token_ids": [A], "stop": ["aa"]}
+    assert live().choice(**fields)["text"] == "" and len(live().ids(**fields)) == 2
+    for stream in (False, True):
+        found = live().choice(min_tokens=5, stream=stream, **fields)
+        assert found["text"] == "aaa" and found["stop_reason"] == "aa"
+        assert len(found["token_ids"]) == 5
+
+
+def test_stop_token_ids_end_and_are_cut_from_the_text() -> None:
+    base = live().ids(allowed_token_ids=[A, B], **HOT)
+    fields = {"allowed_token_ids": [A, B], "stop_token_ids": [B], **HOT}
+    end = base.index(B)
+    assert 0 < end < 11
+    for stream in (False, True):
+        found = live().choice(stream=stream, logprobs=1, **fields)
+        assert found["token_ids"] == base[: end + 1] and len(found["logprobs"]["tokens"]) == end + 1
+        assert (found["text"], found["finish_reason"], found["stop_reason"]) == ("a" * end, "stop", B)
+        kept = live().choice(stream=stream, include_stop_str_in_output=True, **fields)
+        assert kept["text"] == "a" * end + "b"
+
+
+def test_an_end_of_sequence_id_has_no_stop_reason_unless_it_was_named() -> None:
+    assert live().choice(**ENDING)["stop_reason"] is None
+    assert live().choice(stop_token_ids=[EOS], **ENDING)["stop_reason"] == EOS
+    assert live().choice(stop_token_ids=[EOS], ignore_eos=True, **ENDING)["stop_reason"] == EOS
+    ignored = live().choice(ignore_eos=True, **ENDING)
+    assert ignored["token_ids"] == [EOS] * 12 and (ignored["finish_reason"], ignored["text"]) == ("length", "")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_is_kept_when_asked_and_never_leaks_otherwise(stream: bool) -> None:
+    fields = {"allowed_token_ids": [A, B], "stop": ["bbbb" * 50, "ab", "ba"], **HOT, "max_tokens": 40, "stream": stream}
+    whole = live().choice(**{**fields, "stop": []})["text"]
+    found = live().choice(**fields)
+    position, stop = min((whole.index(text), text) for text in ("ab", "ba"))
+    assert (found["text"], found["stop_reason"]) == (whole[:position], stop)
+    assert live().choice(include_stop_str_in_output=True, **fields)["text"] == whole[: position + 2]
+
+
+# best_of.
+
+
+def test_best_of_ranks_by_mean_logprob_and_counts_every_sample() -> None:
+    fields = {"temperature": 1.2, "seed": 5, "max_tokens": 9, "logit_bias": {str(EOS): 6}}
+    every = live().body(n=6, logprobs=0, **fields)
+    means = [sum(x["logprobs"]["token_logprobs"]) / len(x["token_ids"]) for x in every["choices"]]
+    assert len({len(choice["token_ids"]) for choice in every["choices"]}) > 1, "lengths differ, so that the mean matters"
+    ranked = [every["choices"][i]["token_ids"] for i in sorted(range(6), key=lambda i: -means[i])]
+    best = live().body(best_of=6, n=2, **fields)
+    assert ids_of(best) == ranked[:2] and ids_of(best) != ids_of(every)[:2]
+    assert [choice["index"] for choice in best["choices"]] == [0, 1]
+    assert all(choice["logprobs"] is None for choice in best["choices"])
+    assert usage(best) == usage(every)
+    assert ids_of(live().body(best_of=2, n=2, **fields)) == ids_of(every)[:2]
+
+
+def test_best_of_ranks_each_prompt_alone() -> None:
+    fields = {"temperature": 1.0, "seed": 5, "best_of": 4}
+    apart = [live().choice(prompt=prompt, **fields)["token_ids"] for prompt in (PROMPT, [1, 2, 3])]
+    together = live().body(prompt=[PROMPT, [1, 2, 3]], **fields)["choices"]
+    assert [choice["token_ids"] for choice in together] == apart
+    assert [choice["index"] for choice in together] == [0, 1]
+
+
+# Logprobs.
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompt_logprobs_are_the_oracle_s(stream: bool) -> None:
+    found = live().body(prompt_logprobs=2, n=2, stream=stream)["choices"]
+    logprobs = torch.log_softmax(read(live().model, PROMPT).logits, dim=-1)
+    for choice in found:
+        first, *rest = choice["prompt_logprobs"]
+        assert first is None and len(rest) == len(PROMPT) - 1
+        for row, token, entry in zip(logprobs, PROMPT[1:], rest, strict=False):
+            top = row.topk(2)
+            assert next(iter(entry)) == str(token) and set(entry) == {str(token), *map(str, top.indices.tolist())}
+            own = entry[str(token)]
+            assert own["rank"] == 1 + int((row > row[token]).sum()) and own["decoded_token"] == TOKENIZER.decode([token])
+            for id, item in entry.items():
+                assert item["logprob"] == pytest.approx(float(row[int(id)]), abs=1e-4)
+            assert entry[str(int(top.indices[1]))]["rank"] == 2
+
+
+def test_prompt_logprobs_and_echo_each_have_their_own_number() -> None:
+    choice = live().choice(echo=True, logprobs=1, prompt_logprobs=3)
+    assert all(len(top) <= 2 for top in choice["logprobs"]["top_logprobs"][1:])
+    assert all(3 <= len(entry) <= 4 for entry in choice["prompt_logprobs"][1:])
+    assert len(choice["logprobs"]["tokens"]) == len(PROMPT) + 12
+    bare = live().choice(prompt_logprobs=0)
+    assert bare["logprobs"] is None and all(len(entry) == 1 for entry in bare["prompt_logprobs"][1:])
+
+
+def test_the_server_says_how_many_logprobs() -> None:
+    few = Live(max_logprobs=2)
+    for field in ("logprobs", "prompt_logprobs"):
+        assert few.body(**{field: 2})["choices"]
+        assert "less than or equal to 2" in assert_envelope(few.ask(**{field: 3}), 400, INVALID, field)
+    assert len(Live(max_logprobs=50).choice(prompt_logprobs=50)["prompt_logprobs"][1]) >= 50
+
+
+def test_logits_exist_in_chunks_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {
+        "prompt": random_ids(100),
+        "echo": True,
+        "logprobs": 2,
+        "prompt_logprobs": 3,
+        "n": 8,
+        **HOT,
+        "cache_salt": "chunks",
     }
-    tried = {field for field, _, _ in BAD} | {"top_p", "top_k", "ignore_eos"} | elsewhere
-    assert set(CompletionRequest.model_fields) | set(GenerationFields.model_fields) <= tried
-    assert math.isclose(CompletionRequest(prompt="x").repetition_penalty, 1)  # type: ignore[arg-type]
+    whole = live().body(**fields)["choices"]
+    monkeypatch.setattr(model_runner, "LOGITS_BYTES", 3 * 4 * TINY_VOCAB_SIZE)
+    model, sizes = live().engine.runner.model, []
+    compute = model.logits
+
+    def logits(hidden: Tensor) -> Tensor:
+        sizes.append(len(hidden))
+        return compute(hidden)
+
+    monkeypatch.setattr(model, "logits", logits)
+    chunked = live().body(**{**fields, "cache_salt": "chunks again"})["choices"]
+    assert max(sizes) == 3
+    assert [choice["token_ids"] for choice in chunked] == [choice["token_ids"] for choice in whole]
+    flat = [[x for x in choice["logprobs"]["token_logprobs"] if x is not None] for choice in (*whole, *chunked)]
+    for before, after in zip(flat[:8], flat[8:], strict=True):
+        assert len(before) == 111 and before == pytest.approx(after, abs=1e-4)
+
+
+@pytest.mark.parametrize(("vocab_size", "rows"), [(1, 256), (320, 256), (50304, 83), (10**8, 1)])
+def test_logits_are_bounded_in_bytes_and_rows(vocab_size: int, rows: int) -> None:
+    assert logits_rows(vocab_size) == rows
+
+
+# Prompts.
+
+
+def test_special_tokens_are_added_as_asked() -> None:
+    text = TOKENIZER.encode("the end", add_bos=False)
+    assert prompt_of(live().body(prompt="the end")) == [BOS, *text]
+    assert prompt_of(live().body(prompt="the end", add_special_tokens=True)) == [BOS, *text]
+    assert prompt_of(live().body(prompt="the end", add_special_tokens=False)) == text
+    assert prompt_of(live().body(prompt=[1, 2], add_special_tokens=True)) == [1, 2], "ids stay as they are"
+    echoed = live().choice(prompt="the end", add_special_tokens=False, echo=True, logprobs=0, max_tokens=0)
+    assert echoed["logprobs"]["text_offset"][0] == 0 and len(echoed["logprobs"]["tokens"]) == len(text)
+
+
+def test_special_tokens_cannot_be_had_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+    monkeypatch.setattr(engine.tokenizer, "bos_id", None)
+    monkeypatch.setattr(engine.tokenizer, "add_bos", False)
+    assert "none" in assert_envelope(complete(engine, add_special_tokens=True), 400, INVALID, "add_special_tokens")
+    assert complete(engine).status_code == 200
+
+
+def test_a_prompt_cannot_forge_special_tokens_unless_allowed() -> None:
+    forged = "a<|assistant_start|>b"
+    assert prompt_of(live().body(prompt=forged)) == [BOS, *TOKENIZER.encode(forged, add_bos=False)]
+    assert not set(prompt_of(live().body(prompt=forged))[1:]) & set(TOKENIZER.special_tokens.values())
+    asked = live().body(prompt=forged, allow_special=True, echo=True, max_tokens=0)
+    assert prompt_of(asked) == [BOS, A, TOKENIZER.special_tokens["<|assistant_start|>"], B]
+    assert texts_of(asked) == [forged]
+
+
+def test_long_names_of_special_tokens_do_not_make_a_text_too_long() -> None:
+    """30 tokens whose names are 19 bytes each, more than 160 tokens of any other text of that length would be long."""
+    assert len(prompt_of(live().body(prompt="<|assistant_start|>" * 140, allow_special=True))) == 141
+
+
+def test_truncation_keeps_the_last_tokens() -> None:
+    long = random_ids(300)
+    assert prompt_of(live().body(prompt=long, truncate_prompt_tokens=5)) == long[-5:]
+    assert prompt_of(live().body(prompt=long[:4], truncate_prompt_tokens=5)) == long[:4]
+    assert prompt_of(live().body(prompt=long, truncate_prompt_tokens=-1)) == long[-159:]
+    whole = live().body(prompt=long, truncate_prompt_tokens=-1, max_tokens=0, echo=True)
+    assert prompt_of(whole) == long[-160:] and usage(whole) == (160, 0)
+    text = live().body(prompt="the end of it " * 500, truncate_prompt_tokens=4, echo=True, max_tokens=0)
+    assert texts_of(text) == [TOKENIZER.decode(TOKENIZER.encode("the end of it ")[-4:])]
+    assert_envelope(live().ask(prompt=long, truncate_prompt_tokens=160), 400, "context_length_exceeded", "prompt")
+    assert_envelope(live().ask(truncate_prompt_tokens=161), 400, INVALID, "truncate_prompt_tokens")
+
+
+# Who asks, and who is served first.
+
+
+def test_a_request_is_called_as_its_client_says() -> None:
+    assert live().body(request_id="mine-1")["id"] == "mine-1"
+    assert {chunk["id"] for chunk in events(live().ask(request_id="mine-2", stream=True))} == {"mine-2"}
+    by_header = live().post(defaults({}), headers={"X-Request-Id": "theirs"})[0].json()["id"]
+    assert by_header == "theirs"
+    both = live().post(defaults({"request_id": "mine"}), headers={"X-Request-Id": "theirs"})[0].json()["id"]
+    assert both == "mine"
+    unusable = live().post(defaults({}), headers={"X-Request-Id": "no good"})[0].json()["id"]
+    assert unusable.startswith("cmpl-")
+
+
+def test_the_log_says_who_asked(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="server.api.completions"):
+        live().body(user="alice", request_id="mine")
+    assert [record.getMessage() for record in caplog.records] == ["mine: 1 prompts, user 'alice'"]
+
+
+def test_lower_priorities_are_served_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One place only; the engine begins once all are there."""
+    one, order, ready = Live(max_num_seqs=1), [], threading.Event()
+    step, add = one.engine.step, one.engine.add
+
+    def admit(item: Any) -> Any:
+        found = add(item)
+        if len(one.engine.scheduler.waiting) == 3:
+            ready.set()
+        return found
+
+    def wait_and_step() -> StepOutput:
+        if not ready.is_set():
+            return StepOutput()
+        output = step()
+        order.extend(item.sequence.request.request_id for item in output.outputs if item.finish_reason is not None)
+        return output
+
+    monkeypatch.setattr(one.engine, "add", admit)
+    monkeypatch.setattr(one.engine, "step", wait_and_step)
+    one.post(*(defaults({"priority": priority, "request_id": str(priority)}) for priority in (5, 0, -3)))
+    assert order == ["-3-0", "0-0", "5-0"]
+
+
+def test_what_is_cached_is_shared_only_under_the_same_salt() -> None:
+    own, prompt = Live(), random_ids(40)
+
+    def num_cached(**fields: Any) -> int:
+        found = own.body(prompt=prompt, **fields)["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return int(found)
+
+    assert [num_cached() for _ in range(2)] == [0, 36]
+    assert [num_cached(cache_salt="a") for _ in range(2)] == [0, 36]
+    assert [num_cached(cache_salt="b"), num_cached(), num_cached(cache_salt="a")] == [0, 36, 36]
+
+
+def test_usage_in_every_chunk_counts_what_was_sent() -> None:
+    options = {"continuous_usage_stats": True, "include_usage": True}
+    *chunks, last = events(live().ask(stream=True, stream_options=options))
+    counts, num_ids = [], 0
+    for chunk in chunks:
+        num_ids += len(chunk["choices"][0]["token_ids"])
+        counts.append(chunk["usage"]["completion_tokens"])
+        assert counts[-1] == num_ids and chunk["usage"]["prompt_tokens"] == len(PROMPT)
+        assert chunk["usage"]["total_tokens"] == len(PROMPT) + num_ids
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == counts[-1] == 12
+    alone = events(live().ask(stream=True, stream_options={"continuous_usage_stats": True}))
+    assert all(chunk["choices"] and chunk["usage"] for chunk in alone)
+
+
+# Latents.
+
+
+def assert_latents(choice: dict[str, Any], ids: list[int], server: Live, only_last: bool = False) -> None:
+    """They are those that the oracle has for `ids`."""
+    expected = read(server.model, ids).latents
+    expected = expected[-1:] if only_last else expected
+    found = choice["latents"]
+    assert found["dtype"] == "float32" and found["shape"] == list(expected.shape)
+    actual = torch.frombuffer(bytearray(base64.b64decode(found["data"])), dtype=torch.float32).view(found["shape"])
+    assert (actual - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("latents", ["last", "all"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"stream": True},
+        {"n": 3, **HOT},
+        {"n": 3, **HOT, "stream": True},
+        {"best_of": 4, "n": 2, **HOT},
+        {"prompt": random_ids(90, 5)},
+        {"max_tokens": 1},
+        {"max_tokens": 0, "echo": True},
+        {"max_tokens": 0, "echo": True, "n": 2, "logprobs": 1},
+        {"allowed_token_ids": [A], "stop": "aaa"},
+        {"allowed_token_ids": [A], "stop": "aaa", "stream": True},
+        ENDING,
+    ],
+    ids=str,
+)
+def test_latents_are_the_oracle_s(latents: str, fields: dict[str, Any]) -> None:
+    for _ in range(2):  # the second time the prompt comes from the cache
+        for choice in live().body(latents=latents, **fields)["choices"]:
+            computed = [*fields.get("prompt", PROMPT), *choice["token_ids"][:-1]]
+            assert_latents(choice, computed, live(), only_last=latents == "last")
+
+
+@pytest.mark.parametrize("variant", ["upper-middle-source", "residual-only"])
+def test_latents_of_a_source_layer_below_the_last(variant: str) -> None:
+    other = Live(tiny_model(tiny_config(**VARIANTS[variant])))
+    choice = other.choice(latents="all")
+    assert_latents(choice, [*PROMPT, *choice["token_ids"][:-1]], other)
+
+
+def test_latents_come_with_the_last_chunk_of_a_choice_alone() -> None:
+    chunks = [chunk["choices"][0] for chunk in events(live().ask(latents="all", stream=True, n=2))]
+    assert all(("latents" in chunk) == (chunk["finish_reason"] is not None) for chunk in chunks)
+    assert sum("latents" in chunk for chunk in chunks) == 2
+
+
+def test_a_plain_model_has_no_latents() -> None:
+    plain = Live(tiny_model(tiny_config(**VARIANTS["plain"])))
+    assert "plain" in assert_envelope(plain.ask(latents="last"), 400, INVALID, "latents")
+    assert plain.choice()["finish_reason"] == "length"
+
+
+def test_latents_are_bounded() -> None:
+    assert MAX_LATENT_BYTES == 64 * 2**20
+    assert math.prod((1, 2048, 768, 4)) < MAX_LATENT_BYTES, "a long sequence of a small model fits"

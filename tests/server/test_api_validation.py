@@ -97,7 +97,7 @@ def test_documented_but_unbuilt_field_is_refused(field: str, lenient: bool) -> N
 def test_null_counts_as_absent() -> None:
     engine = FakeEngine()
     options = {"include_usage": None, "continuous_usage_stats": None}
-    nulls = {name: None for name in ("best_of", "suffix", "max_tokens", "stop", "temperature", "surprise")}
+    nulls = {name: None for name in ("best_of", "suffix", "max_tokens", "stop", "temperature", "response_format", "surprise")}
     assert complete(engine, stream=True, stream_options=options, **nulls).status_code == 200
     assert engine.requests[0].stopping.max_tokens == 16
     assert_envelope(complete(engine, prompt=None), 400, INVALID, "prompt")

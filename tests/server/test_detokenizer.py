@@ -13,9 +13,9 @@ TOKENIZER = tiny_tokenizer()
 Emitted = list[tuple[str, str | None]]
 
 
-def feed(ids: list[int], stop: tuple[str, ...]) -> Emitted:
+def feed(ids: list[int], stop: tuple[str, ...], min_tokens: int = 0, include_stop: bool = False) -> Emitted:
     """What each id gives until one ends the sample, then what the end gives."""
-    detokenizer, out = Detokenizer(TOKENIZER, stop), []
+    detokenizer, out = Detokenizer(TOKENIZER, stop, min_tokens, include_stop), []
     for token in ids:
         out.append(detokenizer.add(token))
         if out[-1][1] is not None:
@@ -101,3 +101,31 @@ def test_an_incomplete_character_at_the_end_can_complete_a_stop_string() -> None
 def test_special_tokens_have_no_text_to_match(stop: tuple[str, ...]) -> None:
     assert TOKENIZER.bos_id is not None
     assert feed([ord("a"), TOKENIZER.bos_id], stop) == [("a", None), ("", None), ("", None)]
+
+
+@given(
+    st.text(alphabet="ab", max_size=15),
+    st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3).map(tuple),
+    st.integers(0, 8),
+)
+@example("aab", ("ab", "a"), 2)
+def test_stop_strings_end_nothing_before_min_tokens(text: str, stop: tuple[str, ...], min_tokens: int) -> None:
+    """A byte is a token: the first that ends with a stop string and is not too early."""
+    ends = [count for count in range(1, len(text) + 1) if text[:count].endswith(stop)]
+    end = next((count for count in ends if count >= min_tokens), None)
+    out = feed(list(text.encode()), stop, min_tokens)
+    kept = feed(list(text.encode()), stop, min_tokens, include_stop=True)
+    if end is None:
+        assert "".join(piece for piece, _ in out) == "".join(piece for piece, _ in kept) == text
+        assert out[-1][1] is None
+    else:
+        longest = max((s for s in stop if text[:end].endswith(s)), key=len)
+        assert ("".join(piece for piece, _ in out), out[-1][1]) == (text[: end - len(longest)], longest)
+        assert ("".join(piece for piece, _ in kept), kept[-1][1]) == (text[:end], longest)
+
+
+def test_many_long_stop_strings() -> None:
+    stop = tuple("a" * 500 + f"{number:03}" for number in range(1000))
+    text = "a" * 700 + "777b"
+    out = feed(list(text.encode()), stop)
+    assert ("".join(piece for piece, _ in out), out[-1][1]) == ("a" * 200, "a" * 500 + "777")
