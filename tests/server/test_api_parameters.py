@@ -21,14 +21,11 @@ from lrt_core.generate import generate, read
 from lrt_core.sampling_params import SamplingParams
 from server.api.completions import MAX_LATENT_BYTES
 from server.api.schemas import (
-    MAX_CHARACTERS,
     MAX_CHOICES,
-    MAX_NAME,
-    MAX_STOP_IDS,
-    MAX_STRINGS,
     CompletionRequest,
     StreamOptions,
 )
+from server.api.values import MAX_CHARACTERS, MAX_NAME, MAX_STOP_IDS, MAX_STRINGS
 from server.engine import model_runner
 from server.engine.engine import StepOutput
 from server.engine.model_runner import logits_rows
