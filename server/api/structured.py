@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 
 from lrt_core.grammar import Grammar, GrammarError, GrammarKind, GrammarSource
 from server.api.errors import bad_request
+from server.api.values import valid_text
 from server.engine.async_engine import AsyncEngine
 
 MAX_NAME = 64
@@ -21,24 +22,16 @@ _STRICT = ConfigDict(strict=True, frozen=True, extra="forbid")
 Schema = dict[str, Any]
 
 
-def _encodable(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"contains a lone surrogate at character {error.start}") from None
-    return text
-
-
 def _parse_text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("must be a string")
-    return _encodable(value)
+    return valid_text(value)
 
 
 def _parse_choice(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
         raise ValueError("must be a list of strings, at least one, none of them empty")
-    return tuple(map(_encodable, value))
+    return tuple(map(valid_text, value))
 
 
 def _parse_schema(value: object) -> Schema:
