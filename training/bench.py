@@ -24,6 +24,7 @@ import torch
 from lrt_core.config import ModelConfig, RecurrenceConfig, Variant
 from lrt_core.hardware import has_fast_bf16
 from lrt_core.model import LatentRecurrentTransformer
+from training.command import status_of
 from training.schedules.registry import bind, entry
 from training.trainer import prepare
 
@@ -175,15 +176,7 @@ def _fastest(work: Callable[[], object]) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 where a file cannot be written, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
-    try:
-        _run(args)
-    except KeyboardInterrupt:
-        print("lrt-bench: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"lrt-bench: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return status_of("lrt-bench", lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from lrt_core.checkpoint import load_model, load_tokenizer
 from lrt_core.model import LatentRecurrentTransformer
 from lrt_core.tokenizer import Tokenizer
 from training import evaluation_plots
+from training.command import status_of
 from training.data import read_texts
 from training.evaluate import bits_per_byte, parallel_bpb, sequential_bpb
 from training.measures import contraction, late_minus_early, layer_diagnostics, pack_rows, position_buckets, refined_losses
@@ -34,15 +35,7 @@ DIAGNOSED_ROWS = 4
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 for what cannot be evaluated, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
-    try:
-        _run(args)
-    except KeyboardInterrupt:
-        print("lrt-eval: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"lrt-eval: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return status_of("lrt-eval", lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -92,15 +92,6 @@ def test_what_does_not_fit_is_named(source: str, changes: dict[str, Any], messag
         initialize(fresh(replace(config, **changes)), saved(tmp_path, config))
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for index in range(20):
-        (folder / f"{index}.py").write_text(f"def function_{index}(value):\n    return value * {index}\n" * 30)
-    return folder
-
-
 def test_the_command_upgrades(data: Path, tmp_path: Path) -> None:
     """Architecture and tokenizer are the checkpoint's, the recurrence is new, and the card says what it came from."""
     directory, run = saved(tmp_path, tiny_config(**VARIANTS["plain"])), tmp_path / "run"

@@ -15,15 +15,6 @@ from training.__main__ import main
 from training.trainer import StepResult, Trainer
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for index in range(20):
-        (folder / f"{index}.py").write_text(f"def function_{index}(value):\n    return value * {index}\n" * 30)
-    return folder
-
-
 def train(data: Path, *arguments: str) -> int:
     return main(["--preset", "tiny", "--data", str(data), "--steps", "6", "--device", "cpu", *arguments])
 
