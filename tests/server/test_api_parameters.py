@@ -121,8 +121,9 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], Look]] = {
         lambda body: body["usage"],
     ),
 }
-ELSEWHERE = {"model", "stream", "priority", "cache_salt", "user"}
-"""Fields whose effect takes another test to see: below, `model` in test_api_validation.py, `stream` in every stream."""
+ELSEWHERE = {"model", "stream", "priority", "cache_salt", "user", "response_format", "structured_outputs"}
+"""Fields whose effect takes another test to see: below, `model` in test_api_validation.py, `stream` in every stream, forms of
+output in test_structured.py."""
 
 
 def test_every_field_is_tried() -> None:

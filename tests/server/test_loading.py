@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import socket
+import struct
+import threading
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -57,3 +60,17 @@ def test_nonsense_is_survived_and_the_socket_stays(listener: socket.socket) -> N
         with accepted:
             accepted.sendall(b"hello")
             assert client.recv(5) == b"hello"
+
+
+def test_a_client_that_hangs_up_is_no_news(
+    listener: socket.socket, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with answering(listener):
+        for _ in range(5):
+            with socket.create_connection(listener.getsockname()) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
+                client.sendall(b"POST / HTTP/1.1\r\ncontent-length: 100000\r\n\r\n")
+        assert httpx.get(url(listener) + "/ready").status_code == 503
+        while [thread for thread in threading.enumerate() if thread.name.startswith("Thread-") and thread.daemon]:
+            time.sleep(0.01)
+    assert (capsys.readouterr().err, caplog.records) == ("", [])
