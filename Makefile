@@ -56,9 +56,9 @@ setup: $(DEVELOPMENT) ## make .venv with everything for development
 serve: $(RUNTIME) ## serve a checkpoint on http://127.0.0.1:8000
 	@exec $(BIN)/lrt-server $(CHECKPOINT) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
-# A process for every core and one thread in each: busy OpenMP pools that share few cores spin against each other.
+# A process for every core, up to eight, and one thread in each: busy OpenMP pools that share few cores spin against each other.
 test check: export OMP_NUM_THREADS = 1
-PYTEST = $(BIN)/python -m pytest -n auto
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 test: $(DEVELOPMENT) ## run the tests
 	@$(PYTEST) $(ARGS)
