@@ -299,15 +299,15 @@ def test_fields_of_one_request_do_not_reach_another() -> None:
 
 def test_penalties_survive_a_preemption() -> None:
     """A pool too small for both: the later is preempted and goes on, its history as it was."""
-    small = Live(num_blocks=24, prefix_caching=False)
+    small = Live(num_blocks=18, prefix_caching=False)
+    prompts = [[*PROMPT[:4], number] for number in (7, 9)]
     fields = {"max_tokens": 50, "presence_penalty": 1.0, "repetition_penalty": 1.3, "ignore_eos": True, "latents": "all"}
-    bodies = [defaults({**fields, "prompt": [*PROMPT[:4], number]}) for number in (7, 9)]
-    answers = [response.json()["choices"][0] for response in small.post(*bodies)]
+    (response,) = small.post(defaults({**fields, "prompt": prompts}))  # one request, so that both are there at once
     assert small.engine.scheduler.totals.num_preemptions > 0
-    for body, answer in zip(bodies, answers, strict=True):
+    for prompt, answer in zip(prompts, response.json()["choices"], strict=True):
         sampling = SamplingParams(temperature=0, presence_penalty=1.0, repetition_penalty=1.3)
-        assert answer["token_ids"] == list(generate(small.model, body["prompt"], 50, sampling))
-        assert_latents(answer, [*body["prompt"], *answer["token_ids"][:-1]], small)
+        assert answer["token_ids"] == list(generate(small.model, prompt, 50, sampling))
+        assert_latents(answer, [*prompt, *answer["token_ids"][:-1]], small)
 
 
 def test_a_bad_word_cannot_be_made_of_its_tokens() -> None:
