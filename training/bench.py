@@ -24,7 +24,7 @@ import torch
 from lrt_core.config import ModelConfig, RecurrenceConfig, Variant
 from lrt_core.hardware import has_fast_bf16
 from lrt_core.model import LatentRecurrentTransformer
-from training.command import status_of
+from training.command import positive, status_of
 from training.schedules.registry import bind, entry
 from training.trainer import prepare
 
@@ -183,23 +183,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lrt-bench train", description=(__doc__ or "").partition("\n\n")[2])
     add = parser.add_argument
     add("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES), metavar="NAME", help="(default: all)")
-    add("--repetitions", type=_positive, default=5, metavar="N", help="turns (default %(default)s)")
+    add("--repetitions", type=positive, default=5, metavar="N", help="turns (default %(default)s)")
     add("--variant", choices=get_args(Variant), default="shared", help="memory projections (default %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where it is fast")
     for name, value in Shape()._asdict().items():
-        add(f"--{name.replace('_', '-')}", type=_positive, default=value, metavar="N", help="(default %(default)s)")
-    add("--threads", type=_positive, metavar="N", help="of torch (default: its own choice)")
+        add(f"--{name.replace('_', '-')}", type=positive, default=value, metavar="N", help="(default %(default)s)")
+    add("--threads", type=positive, metavar="N", help="of torch (default: its own choice)")
     add("--compile", action="store_true", help="torch.compile of the layers")
     add("--recompute", action="store_true", help="activation checkpointing")
     add("--no-memory", action="store_true", help="measure no peak memory")
     add("--json", type=Path, metavar="FILE", help="write everything that was measured there too")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
 
 
 def _run(args: argparse.Namespace) -> None:

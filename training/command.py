@@ -1,10 +1,11 @@
-"""How a command of this package ends: with a status and, where it could not go on, a line that says why.
+"""What the commands of this package share: a type of argument, and how they end: with a status and a line that says why.
 
 Neighbours: `evaluation.py` and `bench.py` run so.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -20,3 +21,10 @@ def status_of(name: str, work: Callable[[], None]) -> int:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def positive(text: str) -> int:
+    """An argument: an integer of at least 1."""
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)

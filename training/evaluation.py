@@ -20,7 +20,7 @@ from lrt_core.checkpoint import load_model, load_tokenizer
 from lrt_core.model import LatentRecurrentTransformer
 from lrt_core.tokenizer import Tokenizer
 from training import evaluation_plots
-from training.command import status_of
+from training.command import positive, status_of
 from training.data import read_texts
 from training.evaluate import bits_per_byte, parallel_bpb, sequential_bpb
 from training.measures import contraction, late_minus_early, layer_diagnostics, pack_rows, position_buckets, refined_losses
@@ -51,27 +51,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         help="a file or folder of text, as lrt-train takes; repeatable",
     )
-    add("--rows", type=_positive, default=32, metavar="N", help="of text, spread over the data (default %(default)s)")
-    add("--sequence-len", type=_positive, metavar="N", help="tokens of a row (default: the trained context)")
+    add("--rows", type=positive, default=32, metavar="N", help="of text, spread over the data (default %(default)s)")
+    add("--sequence-len", type=positive, metavar="N", help="tokens of a row (default: the trained context)")
     add(
         "--tolerance", type=float, default=1e-6, metavar="X", help="relative change at which a memory is settled (default 1e-6)"
     )
-    add("--max-passes", type=_positive, default=64, metavar="N", help="beyond them, token by token (default %(default)s)")
+    add("--max-passes", type=positive, default=64, metavar="N", help="beyond them, token by token (default %(default)s)")
     add("--check-rows", type=int, default=1, metavar="N", help="rows also decoded token by token (default %(default)s)")
-    add("--task-rows", type=_positive, default=32, metavar="N", help="sequences of each synthetic task (default %(default)s)")
-    add("--task-len", type=_positive, default=64, metavar="N", help="tokens of each of them (default %(default)s)")
+    add("--task-rows", type=positive, default=32, metavar="N", help="sequences of each synthetic task (default %(default)s)")
+    add("--task-len", type=positive, default=64, metavar="N", help="tokens of each of them (default %(default)s)")
     add("--seed", type=int, default=0, help="of the synthetic tasks (default %(default)s)")
     add("--device", default="cpu", help="where to compute (default %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write everything that was measured there too")
     add("--plots", type=Path, metavar="DIR", help="draw positions.png, passes.png and gates.png there (needs matplotlib)")
     add_schedule_flags(parser.add_argument_group("schedule of the parallel figures (default: interleaved, or baseline)"))
     return parser
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
 
 
 def _run(args: argparse.Namespace) -> None:
