@@ -25,6 +25,7 @@ from training.initial import check_fits, initialize
 from training.schedules.flags import add_schedule_flags, given_options, option_names
 from training.schedules.registry import entry
 from training.state import CHECKPOINT_FOLDER
+from training.study.__main__ import main as study
 from training.tokenizer import train_tokenizer
 from training.trainer import Trainer, check_is_new, load_run_config, uses_bfloat16
 
@@ -35,6 +36,8 @@ DEFAULT_PRESET = "small"
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 1 error, 2 usage, 130 interrupted with the state saved."""
     argv = sys.argv[1:] if arguments is None else arguments
+    if argv[:1] == ["study"]:
+        return study(argv[1:])
     options = _parser().parse_args(argv)
     try:
         return _train(options)

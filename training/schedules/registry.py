@@ -42,22 +42,27 @@ class Option:
 
 @dataclass(frozen=True)
 class Entry:
-    """One schedule: its function, whether it trains recurrent models, and its options by name."""
+    """One schedule: its function, whether it trains recurrent models, its options by name, and a step's cost in forwards."""
 
     name: str
     function: Callable[..., Any]
     is_recurrent: bool
     options: dict[str, Option]
+    cost: Callable[..., float]
 
 
 _FOUND: dict[str, Entry] = {}
 
 
-def schedule(*, recurrent: bool) -> Callable[[F], F]:
-    """Mark a function as the schedule of its file; recurrent: whether it trains recurrent models or plain ones."""
+def schedule(*, recurrent: bool, cost: Callable[..., float]) -> Callable[[F], F]:
+    """Mark a function as the schedule of its file.
+
+    recurrent: whether it trains recurrent models or plain ones. cost: of a step, in forwards of the whole sequence, as a
+    function of the options, which it gets by name.
+    """
 
     def mark(function: F) -> F:
-        _FOUND[function.__name__] = Entry(function.__name__, function, recurrent, _options(function))
+        _FOUND[function.__name__] = Entry(function.__name__, function, recurrent, _options(function), cost)
         return function
 
     return mark
@@ -94,6 +99,14 @@ def bind(name: str, options: Mapping[str, object]) -> Schedule:
         raise ValueError(f"{unknown[0]} is no option of the schedule {name} (its options: {known})")
     values = {key: found.options[key].read(value) for key, value in options.items()}
     return partial(found.function, **values) if values else found.function
+
+
+def cost(name: str, options: Mapping[str, object]) -> float:
+    """Forwards of the whole sequence in a step: 1 baseline, about 2 interleaved, K + 1 multi_refine. ValueError as `bind`."""
+    bind(name, options)
+    found = entry(name)
+    defaults = {key: option.default for key, option in found.options.items()}
+    return found.cost(**{**defaults, **options})
 
 
 def check_model(model: LatentRecurrentTransformer, name: str) -> None:

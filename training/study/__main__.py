@@ -1,0 +1,108 @@
+"""`lrt-train study`: train a plan's runs, or what is missing of them, and write the report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lrt_core.files import read_json
+from lrt_core.tokenizer import Tokenizer
+from training.command import positive, status_of
+from training.config import PYTHON_SOURCES
+from training.data import Corpus, load_corpus
+from training.state import TOKENIZER_FOLDER
+from training.study import report
+from training.study.cells import Surroundings
+from training.study.plan import PLANS, Plan, StudyError, chosen
+from training.study.runner import TIMING_FILE, Runner, claim, read_results
+from training.tokenizer import train_tokenizer
+
+COMMAND = "lrt-train study"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 1 error or a failed run, 130 stopped with everything saved."""
+    args = _parser().parse_args(argv)
+    return status_of(COMMAND, lambda: _study(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").partition("`: ")[2])
+    add = parser.add_argument
+    add("--plan", choices=sorted(PLANS), default="million", help="the runs (default: %(default)s)")
+    add("--out", type=Path, metavar="DIR", help="its folder; a study that lies there goes on (default: runs/study-PLAN)")
+    add("--data", action="append", metavar="SOURCE", help=f"{PYTHON_SOURCES} (default), a file or a folder; repeatable")
+    add("--variants", nargs="+", metavar="NAME", help="these alone")
+    add("--budgets", nargs="+", type=float, metavar="X", help="tokens per parameter, in place of the plan's")
+    add("--seeds", type=positive, metavar="N", help="so many seeds of every run")
+    add("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default %(default)s)")
+    add("--threads", type=positive, metavar="N", help="of each run (default: the cores, divided by the runs at a time)")
+    add("--device", default="cpu", help="(default %(default)s)")
+    add("--keep-checkpoints", action="store_true", help="keep every finished model in DIR/checkpoints")
+    add("--list", action="store_true", help="show the runs and end")
+    add("--report-only", action="store_true", help="write the report of what is there and end")
+    return parser
+
+
+def _study(args: argparse.Namespace) -> None:
+    plan = chosen(PLANS[args.plan](), args.variants, args.budgets, args.seeds)
+    if args.data is not None:
+        plan = replace(plan, base=replace(plan.base, data=tuple(args.data)))
+    folder: Path = args.out or Path("runs") / f"study-{args.plan}"
+    if args.list:
+        return _list(plan)
+    if args.report_only:
+        return _report(folder, plan)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise StudyError(f"--device {args.device}: no CUDA device can be used here")
+    corpus = load_corpus(plan.base.data, plan.base.validation_fraction, plan.base.piece_characters)
+    claim(folder, plan, corpus.fingerprint())
+    threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
+    around = Surroundings(folder, corpus, _tokenizer(folder, plan, corpus), args.device, threads, args.keep_checkpoints)
+    runner = Runner(plan, around, args.jobs)
+    try:
+        runner.run()
+    finally:
+        if read_results(folder):
+            _report(folder, plan)
+    if runner.failures:
+        raise StudyError(f"{len(runner.failures)} run(s) failed, the first: {next(iter(runner.failures.items()))}")
+
+
+def _tokenizer(folder: Path, plan: Plan, corpus: Corpus) -> Tokenizer:
+    """The study's own, trained when the study begins."""
+    path = folder / TOKENIZER_FOLDER
+    if path.exists():
+        return Tokenizer.from_directory(path)
+    order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(plan.base.seed)).tolist()
+    texts = (corpus.train[index].text for index in order)
+    tokenizer = train_tokenizer(texts, plan.base.model.vocab_size, plan.base.tokenizer_bytes)
+    path.mkdir(parents=True)
+    tokenizer.save(path)
+    return tokenizer
+
+
+def _list(plan: Plan) -> None:
+    for cell in plan.cells():
+        steps = plan.config(cell, plan.base.model.vocab_size).num_steps
+        print(f"{cell.name:<40} {steps:>6} steps of {cell.variant.cost:g} forward(s)")
+
+
+def _report(folder: Path, plan: Plan) -> None:
+    results, timing = read_results(folder), folder / TIMING_FILE
+    if not results:
+        raise StudyError(f"{folder}: holds no result yet")
+    done = {result["cell"] for result in results}
+    missing = [cell for cell in plan.cells() if cell.name not in done]
+    for path in report.write(folder, results, read_json(timing), len(missing)):
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
