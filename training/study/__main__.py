@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="(default %(default)s)")
     add("--keep-checkpoints", action="store_true", help="keep every finished model in DIR/checkpoints")
     add("--list", action="store_true", help="show the runs and end")
+    add("--time-only", action="store_true", help="measure how long the variants' steps take, which wants an idle machine, and end")
     add("--report-only", action="store_true", help="write the report of what is there and end")
     return parser
 
@@ -66,6 +67,8 @@ def _study(args: argparse.Namespace) -> None:
     threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
     around = Surroundings(folder, corpus, _tokenizer(folder, plan, corpus), args.device, threads, args.keep_checkpoints)
     runner = Runner(plan, around, args.jobs)
+    if args.time_only:
+        return runner.time()
     try:
         runner.run()
     finally:

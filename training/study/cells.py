@@ -106,7 +106,7 @@ def _measured(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def step_seconds(plan: Plan, around: Surroundings, repetitions: int = 15, warmup: int = 3) -> dict[str, list[float]]:
+def step_seconds(plan: Plan, around: Surroundings, repetitions: int = 9, warmup: int = 3) -> dict[str, list[float]]:
     """Seconds of whole training steps of each variant, alone on the machine, the variants taking turns."""
     folder = around.folder / "timing"
     trainers = {}

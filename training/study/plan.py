@@ -212,7 +212,7 @@ def _small() -> Plan:
         preset,
         model=replace(preset.model, value_embeddings="alternating", recurrence=None),
         schedule=BASELINE,
-        batch_size=32,
+        batch_size=64,
         eval_rows=128,
         eval_every=1_000_000,
         save_every=500,
@@ -225,8 +225,8 @@ def _small() -> Plan:
     return Plan(
         base,
         (
-            Variant(BASELINE, (5.0, 10.0, 20.0)),
-            interleaved("layerwise-last", (5.0, 10.0), RecurrenceConfig(last)),
+            Variant(BASELINE, (10.0, 20.0)),
+            interleaved("layerwise-last", (10.0,), RecurrenceConfig(last)),
             interleaved("shared-last", (10.0,), RecurrenceConfig(last, "shared")),
             interleaved("layerwise-upper", (10.0,), RecurrenceConfig(last - 1)),
         ),

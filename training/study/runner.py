@@ -87,7 +87,7 @@ class Runner:
         """
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._time()
+            self.time()
             if not self._stopped:
                 self._train(self.missing())
         finally:
@@ -107,8 +107,8 @@ class Runner:
         context = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
         return ProcessPoolExecutor(workers, context, initializer=worker.begin, initargs=(self.around,))
 
-    def _time(self) -> None:
-        """Variants that have no time yet are timed, one process, nothing else running."""
+    def time(self) -> None:
+        """Measure the steps of variants that have no time yet, in one process, with nothing else running."""
         path = self.around.folder / TIMING_FILE
         table: dict[str, Any] = read_json(path) if path.exists() else {}
         new = [variant for variant in self.plan.variants if variant.name not in table]
