@@ -50,10 +50,7 @@ def result(variant: str, budget: float, bpb: float, *, cost: int = 1, seed: int 
     }
 
 
-TIMING = {
-    BASELINE: {"step_seconds": [0.1, 0.1, 9.0], "device": "a clock"},
-    "other": {"step_seconds": [0.4], "device": "a clock"},
-}
+TIMING = {"clock": {BASELINE: [0.1, 0.1, 9.0], "other": [0.4]}, "sundial": {"other": [7.0]}}
 
 
 def test_costs_are_those_of_the_schedules() -> None:
@@ -100,18 +97,25 @@ def test_figures_of_the_report(tmp_path: Path) -> None:
     assert [(row.variant, row.tokens_per_parameter) for row in rows] == order
     assert (rows[1].sequential, rows[1].num_seeds) == (pytest.approx(1.61), 2)
     assert rows[1].spread == pytest.approx(0.02) and rows[0].spread is None
-    assert rows[0].wall == pytest.approx(100 * 0.1)  # the median step, not the mean
+    assert rows[0].costs == {
+        "tokens": 1000,
+        "compute": 1000,
+        "time on clock": pytest.approx(100 * 0.1),
+    }  # the median step, not the mean
     first, second, third = report.compare(rows)
-    assert first.tokens == pytest.approx(1.75 - 2.0)
-    assert first.effective == pytest.approx(1.75 - (2.0 + 1.61) / 2)  # 2000 tokens: half way between 1000 and 4000
-    assert first.wall == pytest.approx(1.75 - 1.61)  # 40 seconds, where the plain model had its 4000 tokens
-    assert second.tokens == pytest.approx(1.7 - (2.0 + 1.61) / 2)
-    assert (third.tokens, third.effective, third.wall) == (pytest.approx(1.5 - 1.61), None, None)
+    assert first.differences == {
+        "tokens": pytest.approx(1.75 - 2.0),
+        "compute": pytest.approx(1.75 - (2.0 + 1.61) / 2),  # 2000 tokens: half way between 1000 and 4000
+        "time on clock": pytest.approx(1.75 - 1.61),  # 40 seconds, where the plain model had its 4000 tokens
+        "time on sundial": None,
+    }
+    assert second.differences["tokens"] == pytest.approx(1.7 - (2.0 + 1.61) / 2)
+    assert list(third.differences.values()) == [pytest.approx(1.5 - 1.61), None, None, None]
     files = {path.name: path for path in report.write(tmp_path, [*plain, *other], TIMING, num_missing=3)}
     text = files["report.md"].read_text()
     assert "**3 runs of the plan are missing.**" in text
-    assert "| other | 1 | -0.2500 | -0.0550 | +0.1400 |" in text
-    assert "At equal effective compute the recurrence wins 1 and loses 1 of 2" in text
+    assert "| other | 1 | -0.2500 | -0.0550 | +0.1400 | - |" in text
+    assert "At equal compute the recurrence wins 1 and loses 1 of 2" in text
     with files["results.csv"].open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [float(line["sequential_bpb"]) for line in lines] == [2.0, 1.6, 1.62, 1.75, 1.7, 1.5]
@@ -139,7 +143,7 @@ def test_from_data_to_report_and_on(data: Path, tmp_path: Path, capsys: pytest.C
     after = (out / RESULTS_FILE).read_text()
     assert after.startswith(before) and [one["cell"] for one in read_results(out)[2:]] == [f"{RECURRENT}_0.02_0"]
     (data / "0.py").write_text("value = 1\n" * 200)
-    assert study(data, out) == 1
+    assert study(data, out) == 1  # before any process is started
     assert "holds a study with other data" in capsys.readouterr().err
 
 

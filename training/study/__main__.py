@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="(default %(default)s)")
     add("--keep-checkpoints", action="store_true", help="keep every finished model in DIR/checkpoints")
     add("--list", action="store_true", help="show the runs and end")
-    add("--time-only", action="store_true", help="measure how long the variants' steps take, which wants an idle machine, and end")
+    add("--time-only", action="store_true", help="measure the steps, on a machine that is idle, and end")
     add("--report-only", action="store_true", help="write the report of what is there and end")
     return parser
 

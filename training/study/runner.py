@@ -4,7 +4,7 @@ Layout of a study's folder:
     study.json       the plan, the data's fingerprint and the device
     tokenizer/       the tokenizer that all cells share
     results.jsonl    a line per finished cell, in the order in which they ended
-    timing.json      seconds of each variant's steps, measured alone
+    timing.json      by device, seconds of each variant's steps, measured alone
     cells/           the state of cells that are under way
     checkpoints/     finished models, where they are to be kept
     README.md, results.csv, *.png   the report
@@ -80,6 +80,11 @@ class Runner:
         done = {result["cell"] for result in read_results(self.around.folder)}
         return [cell for cell in self.plan.cells() if cell.name not in done]
 
+    def time(self) -> None:
+        """Measure the steps of variants that have no time yet on this device, with nothing else running."""
+        with self._pool(1) as pool:
+            self._time(pool)
+
     def run(self) -> None:
         """Time the steps, then train what is missing; `failures` then says what failed.
 
@@ -87,9 +92,10 @@ class Runner:
         """
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self.time()
-            if not self._stopped:
-                self._train(self.missing())
+            with self._pool(self.jobs) as pool:
+                self._time(pool)
+                if not self._stopped:
+                    self._train(pool, self.missing())
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -107,31 +113,28 @@ class Runner:
         context = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
         return ProcessPoolExecutor(workers, context, initializer=worker.begin, initargs=(self.around,))
 
-    def time(self) -> None:
-        """Measure the steps of variants that have no time yet, in one process, with nothing else running."""
+    def _time(self, pool: ProcessPoolExecutor) -> None:
         path = self.around.folder / TIMING_FILE
         table: dict[str, Any] = read_json(path) if path.exists() else {}
-        new = [variant for variant in self.plan.variants if variant.name not in table]
+        device = pool.submit(worker.device_name).result()
+        known = table.setdefault(device, {})
+        new = tuple(variant for variant in self.plan.variants if variant.name not in known)
         if not new:
             return
-        with self._pool(1) as pool:
-            seconds, machine = pool.submit(worker.time_steps, Plan(self.plan.base, tuple(new))).result()
-        for name, own in seconds.items():
-            table[name] = {"step_seconds": own, **machine}
+        known |= pool.submit(worker.time_steps, Plan(self.plan.base, new)).result()
         write_json(path, table)
-        medians = ", ".join(f"{name} {1000 * statistics.median(own):.1f} ms" for name, own in seconds.items())
-        print(f"a step alone on {machine['device']}: {medians}", file=sys.stderr, flush=True)
+        medians = ", ".join(f"{name} {1000 * statistics.median(own):.1f} ms" for name, own in known.items())
+        print(f"a step alone on {device}: {medians}", file=sys.stderr, flush=True)
 
-    def _train(self, cells: Iterable[Cell]) -> None:
-        with self._pool(self.jobs) as pool:
-            waiting = {pool.submit(worker.run, self.plan, cell): cell for cell in cells}
-            with tqdm(total=len(waiting), unit="run", disable=None) as bar:
-                for future in as_completed(waiting):
-                    self._take(future, waiting[future])
-                    bar.update()
-                    if self._stopped:
-                        pool.shutdown(wait=True, cancel_futures=True)
-                        return
+    def _train(self, pool: ProcessPoolExecutor, cells: Iterable[Cell]) -> None:
+        waiting = {pool.submit(worker.run, self.plan, cell): cell for cell in cells}
+        with tqdm(total=len(waiting), unit="run", disable=None) as bar:
+            for future in as_completed(waiting):
+                self._take(future, waiting[future])
+                bar.update()
+                if self._stopped:
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    return
 
     def _take(self, future: Future[dict[str, Any] | None], cell: Cell) -> None:
         try:

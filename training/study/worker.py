@@ -48,15 +48,16 @@ def run(plan: Plan, cell: Cell) -> dict[str, Any] | None:
     return run_cell(plan, cell, _worker.around, _worker.take)
 
 
-def time_steps(plan: Plan) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of each variant's steps, and what they ran on."""
-    around = _worker.around
-    return step_seconds(plan, around), {"device": _device_name(around.device, around.threads)}
+def time_steps(plan: Plan) -> dict[str, list[float]]:
+    """Seconds of each variant's steps."""
+    return step_seconds(plan, _worker.around)
 
 
-def _device_name(device: str, threads: int) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(torch.device(device))
+def device_name() -> str:
+    """What the steps run on, in words."""
+    device, threads = torch.device(_worker.around.device), _worker.around.threads
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
