@@ -16,12 +16,12 @@ from typing import get_args
 import torch
 
 from lrt_core.checkpoint import load_config, load_tokenizer
-from lrt_core.config import RecurrenceConfig
 from lrt_core.tokenizer import Tokenizer
 from training.config import PRESETS, PYTHON_SOURCES, Precision, TrainingConfig
 from training.data import Corpus, load_corpus
 from training.finish import finish
 from training.initial import check_fits, initialize
+from training.recurrence_flags import RECURRENCE_SETTINGS, add_recurrence_flags, with_recurrence
 from training.schedules.flags import add_schedule_flags, given_options, option_names
 from training.schedules.registry import entry
 from training.state import CHECKPOINT_FOLDER
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("--data", action="append", metavar="SOURCE", help=f"{PYTHON_SOURCES}, a file or a folder; repeatable")
     settings.add_argument("--init-from", type=Path, metavar="CHECKPOINT", help="start with its weights, plain or recurrent")
     add_schedule_flags(settings)
+    add_recurrence_flags(settings)
     settings.add_argument("--steps", type=int, dest="num_steps", help="optimizer steps")
     settings.add_argument("--time-budget", type=float, metavar="SECONDS", help="end the run after this time at the latest")
     settings.add_argument("--batch-size", type=int, help="rows per step")
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _OWN_SETTINGS = ("data", "schedule", "num_steps", "time_budget", "batch_size", "seed", "precision", "compile", "recompute")
-_SETTINGS = (*_OWN_SETTINGS[:2], *option_names(), *_OWN_SETTINGS[2:])
+_SETTINGS = (*_OWN_SETTINGS[:2], *option_names(), *RECURRENCE_SETTINGS, *_OWN_SETTINGS[2:])
 """Every flag that fixes a run; those of the schedules' options follow the schedule's own."""
 
 
@@ -170,10 +171,7 @@ def _configured(config: TrainingConfig, options: argparse.Namespace) -> Training
     if options.init_from is not None:
         source = load_config(options.init_from)
         model = source if options.preset is None else replace(model, vocab_size=source.vocab_size)
-    if not entry(schedule).is_recurrent:
-        model = replace(model, recurrence=None)
-    elif model.recurrence is None:
-        model = replace(model, recurrence=RecurrenceConfig(source_layer=model.num_layers - 1))
+    model = with_recurrence(model, options, schedule, entry(schedule).is_recurrent)
     if options.init_from is not None:
         check_fits(options.init_from, source, model)
     return replace(config, model=model, schedule_options=of_schedule, **given)

@@ -46,7 +46,7 @@ UPGRADES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", UPGRADES)
 def test_an_upgraded_model_starts_with_the_losses_of_the_plain_one(name: str, tmp_path: Path) -> None:
-    """Bit for bit, forward by forward; and every weight that is new, but for its projections' gate, gets a gradient."""
+    """Forward by forward, to the rounding of products with other numbers of columns; and every weight that is new, but for its projections' gate, gets a gradient."""
     kind, changes = UPGRADES[name]
     plain = tiny_config(**VARIANTS[kind])
     directory, config = saved(tmp_path, plain), replace(plain, **changes)
@@ -56,7 +56,7 @@ def test_an_upgraded_model_starts_with_the_losses_of_the_plain_one(name: str, tm
     expected = baseline(tiny_model(plain), tokens, targets)
     losses = multi_refine(model, tokens, targets, num_refinements=2)
     for one in losses.passes:
-        assert torch.equal(one.token_losses, expected.passes[0].token_losses)
+        torch.testing.assert_close(one.token_losses, expected.passes[0].token_losses, atol=2e-6, rtol=0)
     first = interleaved(model, tokens, targets)
     assert torch.equal(first.passes[0].token_losses, expected.passes[0].token_losses)
     torch.testing.assert_close(first.total, expected.total)
