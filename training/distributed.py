@@ -41,6 +41,11 @@ class RankError(ValueError):
     """Something went wrong on another rank, which says what."""
 
 
+def is_loss_of_rank(error: RuntimeError) -> bool:
+    """Whether torch means to say that another rank is gone, by its own error or by gloo's, which has no type."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among `size`; control: the group that messages go through, None for a process on its own."""
@@ -173,6 +178,9 @@ def shard(model: LatentRecurrentTransformer, ranks: Ranks, device: torch.device)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    assert isinstance(model, FSDPModule)
+    # After the backward of one of a step's forwards the losses of those before it still need the head: `reshard` ends it.
+    model.set_reshard_after_backward(False, recurse=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are parts of the batch's, not means to be averaged; gloo and NCCL alike can sum.
@@ -181,7 +189,7 @@ def shard(model: LatentRecurrentTransformer, ranks: Ranks, device: torch.device)
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of the whole weights that a forward without a backward leaves behind."""
+    """Let go of the weights that are whole from the first call of the model on."""
     if isinstance(model, FSDPModule):
         model.reshard()
 

@@ -16,6 +16,10 @@ from training.muon import Muon
 _REFERENCE_HIDDEN_SIZE = 768
 """The width at which learning rates are stated."""
 
+_SCALE_EPS = 1e-6
+"""AdamW's epsilon for scales. Fresh layers add nothing to the stream, whose norm undoes its scale: the gradients are rounding
+noise then, some 1e-9, and a smaller epsilon would make full steps of them; later they are some 1e-2."""
+
 
 class Optimizer:
     """Both optimizers with one learning-rate schedule; the model's gradients are their input. The model may be sharded.
@@ -36,9 +40,12 @@ class Optimizer:
         }
         self.muon = Muon(groups.pop("matrix"), config.matrix_lr, config.weight_decay, dtype)
         self.adamw = torch.optim.AdamW(
-            [{"params": parameters, "lr": rates[kind]} for kind, parameters in groups.items() if parameters],
+            [
+                {"params": parameters, "lr": rates[kind], "eps": _SCALE_EPS if kind in ("scale", "residual_scale") else 1e-10}
+                for kind, parameters in groups.items()
+                if parameters
+            ],
             betas=(0.8, 0.95),
-            eps=1e-10,
             weight_decay=0.0,
             fused=True,
         )

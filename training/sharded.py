@@ -8,7 +8,10 @@ Neighbours: `state.py` says when a folder is complete, `distributed.py` who take
 from __future__ import annotations
 
 import pickle
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,8 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> Non
     """Write every rank's shards, and replicated tensors once, through to the disk. ShardError on every rank when one fails."""
     writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
     try:
-        save(dict(tensors), storage_writer=writer, process_group=ranks.control, no_dist=ranks.control is None)
+        with _unwarned():
+            save(dict(tensors), storage_writer=writer, process_group=ranks.control, no_dist=ranks.control is None)
     except CheckpointException as error:
         raise ShardError(_reason(error)) from None
 
@@ -41,9 +45,18 @@ def read_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None
     """Fill `tensors` in place. ShardError on every rank when one is missing, has another shape or cannot be read."""
     reader = _Reader(folder)
     try:
-        load(dict(tensors), storage_reader=reader, process_group=ranks.control, no_dist=ranks.control is None)
+        with _unwarned():
+            load(dict(tensors), storage_reader=reader, process_group=ranks.control, no_dist=ranks.control is None)
     except CheckpointException as error:
         raise ShardError(_reason(error)) from None
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without torch's remark that a process on its own saves on its own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _reason(error: CheckpointException) -> str:

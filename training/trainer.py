@@ -207,6 +207,7 @@ class Trainer:
             with torch.no_grad():
                 text = text_sums(merge(losses.passes), some_targets, self.byte_lengths)
                 sums += torch.stack([total.detach().double(), *text])
+        reshard(self.model)
         self.ranks.reduce_gradients(self.model)
         return self.ranks.sum(sums.tolist())
 
