@@ -38,20 +38,28 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                momentum = self.state[parameter]["momentum_buffer"]
-                momentum.lerp_(parameter.grad, 1 - MOMENTUM)
-                update = _orthogonalized(parameter.grad.lerp(momentum, MOMENTUM), self.dtype)
+                # On plain tensors, this rank's shards where the matrix is sharded: only the gathering is the ranks' business.
+                gradient, weight = _local(parameter.grad), _local(parameter)
+                momentum = _local(self.state[parameter]["momentum_buffer"])
+                momentum.lerp_(gradient, 1 - MOMENTUM)
+                update = self._orthogonalized(gradient.lerp(momentum, MOMENTUM), parameter)
                 rows, columns = parameter.shape
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+    def _orthogonalized(self, matrix: Tensor, parameter: Tensor) -> Tensor:
+        """`orthogonalize` of a matrix, or of the shard of one that lies as `parameter` does; the result lies so too."""
+        if not isinstance(parameter, DTensor):
+            return orthogonalize(matrix, self.dtype)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shape, stride = parameter.shape, parameter.stride()
+        shards = DTensor.from_local(matrix, mesh, placements, run_check=False, shape=shape, stride=stride)
+        whole = orthogonalize(shards.full_tensor(), self.dtype)
+        return DTensor.from_local(whole, mesh, [Replicate()], run_check=False).redistribute(placements=placements).to_local()
 
 
-def _orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """`orthogonalize` of a matrix that may be sharded; the result is sharded like it."""
-    if not isinstance(matrix, DTensor):
-        return orthogonalize(matrix, dtype)
-    whole = DTensor.from_local(orthogonalize(matrix.full_tensor(), dtype), matrix.device_mesh, [Replicate()], run_check=False)
-    return whole.redistribute(placements=matrix.placements)
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,16 +20,17 @@ from training.trainer import Trainer, write_settings
 
 NUM_STEPS, SAVED_STEP = 20, 15
 CASES: dict[str, dict[str, Any]] = {
-    "interleaved": {"num_subsets": 3, "kv_refresh": True},
-    "multi_refine": {"schedule": "multi_refine", "loss_weights": (0.2, 0.3, 0.5), "accumulate": 2},
-    "chunked": {"schedule": "chunked", "chunk_len": 8},
+    "interleaved": {"num_subsets": 2, "kv_refresh": True},
+    "multi_refine": {"schedule": "multi_refine", "num_refinements": 1, "loss_weights": (0.3, 0.7)},
+    "chunked": {"schedule": "chunked", "chunk_len": 12, "accumulate": 2},
     "baseline": {"model": {"recurrence": None}},
 }
 
 
 def begin(folder: Path, case: str, **options: Any) -> Trainer:
     """A new run of a case in `folder`; options: the Trainer's."""
-    config = tiny_run(num_steps=NUM_STEPS, batch_size=4, **CASES[case])
+    settings = {**CASES[case], "model": {"num_layers": 2, **CASES[case].get("model", {})}}
+    config = tiny_run(num_steps=NUM_STEPS, batch_size=4, **settings)
     ranks = options.get("ranks", Ranks())
     ranks.on_first(lambda: write_settings(config, folder, tiny_tokenizer(), "lrt-train"))
     return Trainer(config, folder, tiny_corpus(), tiny_tokenizer(), **options)
