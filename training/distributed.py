@@ -6,11 +6,9 @@ Two ways to hold the model:
 - Replicated (the default): every rank holds everything. Gradients are summed in buckets after the backward rather than by a
   wrapper's hooks: schedules call the model several times per step and read some weights outside of any call, which such hooks
   take for errors or miss.
-- Sharded (`fully_shard`): every rank holds its part of all weights, gradients and moments; a layer's weights are whole while
-  it runs. What belongs to no layer, embedding, head, scales and memory projections, is whole from the first call of the model
-  to the end of the backward, so schedules may use it as they like.
+- Sharded: see `fsdp.py`, which sums gradients by itself.
 
-Messages among ranks are small and go over gloo on the CPU, whatever the device. Neighbours: `trainer.py`, `sharded.py`.
+Messages among ranks are small and go over gloo on the CPU, whatever the device. Neighbours: `trainer.py`, `state.py`.
 """
 
 from __future__ import annotations
@@ -25,10 +23,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
-
-from lrt_core.model import LatentRecurrentTransformer
 
 T = TypeVar("T")
 
@@ -108,8 +102,8 @@ class Ranks:
         return self.sum([float(not works)])[0] == 0
 
     def reduce_gradients(self, model: nn.Module) -> None:
-        """Sum the gradients of a replicated model over the ranks, in place; those of a sharded one are summed already."""
-        if self.size == 1 or isinstance(model, FSDPModule):
+        """Sum the gradients of a replicated model over the ranks, in place."""
+        if self.size == 1:
             return
         bucket: list[Tensor] = []
         for parameter in model.parameters():
@@ -170,34 +164,10 @@ def local_device(device: torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
-def shard(model: LatentRecurrentTransformer, ranks: Ranks, device: torch.device) -> None:
-    """Leave every rank its part of the model (FSDP2), layer by layer, so that no device ever holds the whole."""
-    if ranks.control is None:
-        raise ValueError("a sharded model needs ranks: start with torchrun --nproc-per-node N -m training")
-    mesh = dist.device_mesh.init_device_mesh(device.type, (ranks.size,))
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    assert isinstance(model, FSDPModule)
-    # After the backward of one of a step's forwards the losses of those before it still need the head: `reshard` ends it.
-    model.set_reshard_after_backward(False, recurse=False)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # Losses are parts of the batch's, not means to be averaged; gloo and NCCL alike can sum.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-
-
-def reshard(model: nn.Module) -> None:
-    """Let go of the weights that are whole from the first call of the model on."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
-
-
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale the gradients down to `max_norm`; returns their norm before, over all shards, the same on every rank."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 class Silent:

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NUM_ITERATIONS = 5
@@ -49,8 +48,11 @@ class Muon(torch.optim.Optimizer):
 
     def _orthogonalized(self, matrix: Tensor, parameter: Tensor) -> Tensor:
         """`orthogonalize` of a matrix, or of the shard of one that lies as `parameter` does; the result lies so too."""
-        if not isinstance(parameter, DTensor):
+        if not _is_sharded(parameter):
             return orthogonalize(matrix, self.dtype)
+        from torch.distributed.tensor import DTensor, Replicate
+
+        assert isinstance(parameter, DTensor)
         mesh, placements = parameter.device_mesh, parameter.placements
         shape, stride = parameter.shape, parameter.stride()
         shards = DTensor.from_local(matrix, mesh, placements, run_check=False, shape=shape, stride=stride)
@@ -58,8 +60,13 @@ class Muon(torch.optim.Optimizer):
         return DTensor.from_local(whole, mesh, [Replicate()], run_check=False).redistribute(placements=placements).to_local()
 
 
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; that class takes seconds to import, and who has none shall not wait for it."""
+    return hasattr(tensor, "to_local")
+
+
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,14 +2,13 @@
 
 Every rank writes its shards into files of its own; whoever reads, with other shards or none, takes what it needs from all of
 them. The index is a pickle by torch's format; it is opened by a reader that admits nothing but what an index consists of.
-Neighbours: `state.py` says when a folder is complete, `distributed.py` who takes part.
+Importing this takes seconds: `state.py`, which says when a folder is complete, waits until it needs it.
 """
 
 from __future__ import annotations
 
 import pickle
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +22,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from training.distributed import Ranks
+from training.state import ShardError
 
 INDEX_FILE = ".metadata"
-
-
-class ShardError(ValueError):
-    """Tensors that cannot be written or read; the message says why."""
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
@@ -66,25 +62,6 @@ def _reason(error: CheckpointException) -> str:
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
     text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
     return " ".join(text.split()) or type(cause).__name__
-
-
-def checksums(folder: Path, ranks: Ranks) -> dict[str, list[int]]:
-    """Size and CRC-32 of every file, by name; the ranks share the work and all get the result."""
-    names = ranks.first(sorted(file.name for file in folder.iterdir() if file.is_file()))
-    own = {name: _checksum(folder / name) for name in names[ranks.rank :: ranks.size]}
-    return {name: value for part in ranks.gather(own) for name, value in part.items()}
-
-
-def _checksum(path: Path) -> list[int]:
-    """[-1, 0] for a file that is not there or cannot be read: no file has that."""
-    size = crc = 0
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                size, crc = size + len(block), zlib.crc32(block, crc)
-    except OSError:
-        return [-1, 0]
-    return [size, crc]
 
 
 class _Reader(FileSystemReader):

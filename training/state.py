@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,7 +26,6 @@ from torch import Tensor
 
 from lrt_core.files import CheckpointError, read_json, sync, write_json
 from training.distributed import ALONE, RankError, Ranks
-from training.sharded import ShardError, checksums, read_tensors, write_tensors
 
 STATES_FOLDER = "states"
 STATE_FILE = "state.json"
@@ -37,6 +37,10 @@ CHECKPOINT_FOLDER = "checkpoint"
 
 VERSION = 1
 Which = Literal["last", "best"]
+
+
+class ShardError(ValueError):
+    """Tensors that cannot be written or read; the message says why."""
 
 
 class StateError(ValueError):
@@ -78,13 +82,15 @@ def save_state(
 
     StateError, with the older states whole and nothing left of this one, when it cannot be written.
     """
+    from training.sharded import write_tensors
+
     folder = run / STATES_FOLDER
     name = _name(state.step)
     temporary = folder / f".{name}.tmp"
     try:
         ranks.on_first(lambda: _make_room(folder, temporary))
         write_tensors(temporary, tensors, ranks)
-        files = checksums(temporary, ranks)
+        files = _checksums(temporary, ranks)
         ranks.on_first(lambda: _publish(temporary, folder / name, state, files))
     except RankError:
         raise
@@ -196,10 +202,12 @@ def _read(path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> TrainingState
         raise ShardError(error)
     state: TrainingState = data[0]
     files: dict[str, list[int]] = data[1]
-    found = checksums(path, ranks)
+    found = _checksums(path, ranks)
     wrong = sorted(name for name, value in files.items() if found.get(name) != value)
     if wrong:
         raise ShardError(f"{wrong[0]} is {'damaged' if wrong[0] in found else 'missing'}")
+    from training.sharded import read_tensors
+
     read_tensors(path, tensors, ranks)
     return state
 
@@ -213,6 +221,25 @@ def _plain(path: Path) -> tuple[TrainingState, dict[str, list[int]]]:
     if not isinstance(files, dict) or set(data) != {one.name for one in fields(TrainingState)}:
         raise ShardError(f"{STATE_FILE}: not a training state")
     return TrainingState(**data), files
+
+
+def _checksums(folder: Path, ranks: Ranks) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file, by name; the ranks share the work and all get the result."""
+    names = ranks.first(sorted(file.name for file in folder.iterdir() if file.is_file()))
+    own = {name: _checksum(folder / name) for name in names[ranks.rank :: ranks.size]}
+    return {name: value for part in ranks.gather(own) for name, value in part.items()}
+
+
+def _checksum(path: Path) -> list[int]:
+    """[-1, 0] for a file that is not there or cannot be read: no file has that."""
+    size = crc = 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                size, crc = size + len(block), zlib.crc32(block, crc)
+    except OSError:
+        return [-1, 0]
+    return [size, crc]
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:

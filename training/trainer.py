@@ -24,7 +24,7 @@ from lrt_core.model import LatentRecurrentTransformer, Layer
 from lrt_core.tokenizer import Tokenizer
 from training.config import Precision, TrainingConfig
 from training.data import Corpus
-from training.distributed import ALONE, Ranks, Silent, clip_gradients, reshard, shard
+from training.distributed import ALONE, Ranks, Silent, clip_gradients
 from training.evaluate import merge, parallel_bpb, text_sums
 from training.initial import initialize
 from training.optimizer import Optimizer, lr_scale
@@ -78,7 +78,7 @@ class Trainer:
     ) -> None:
         _check_divisible(config, ranks)
         self.config, self.run_folder, self.corpus, self.tokenizer = config, run, corpus, tokenizer
-        self.device, self.ranks = device or torch.device("cpu"), ranks
+        self.device, self.ranks, self.sharded = device or torch.device("cpu"), ranks, sharded
         self.schedule = config.make_schedule()
         self.model = LatentRecurrentTransformer(config.model)
         if init_from is None:
@@ -87,6 +87,8 @@ class Trainer:
             initialize(self.model, init_from)
         prepare(self.model, config.compile, config.recompute)
         if sharded:
+            from training.fsdp import shard
+
             shard(self.model, ranks, self.device)
         else:
             self.model.to(self.device)
@@ -207,9 +209,17 @@ class Trainer:
             with torch.no_grad():
                 text = text_sums(merge(losses.passes), some_targets, self.byte_lengths)
                 sums += torch.stack([total.detach().double(), *text])
-        reshard(self.model)
-        self.ranks.reduce_gradients(self.model)
+        if not self.sharded:
+            self.ranks.reduce_gradients(self.model)
+        self._reshard()
         return self.ranks.sum(sums.tolist())
+
+    def _reshard(self) -> None:
+        """Let go of what forwards left whole of a sharded model."""
+        if self.sharded:
+            from training.fsdp import reshard
+
+            reshard(self.model)
 
     def _progress_of_next(self) -> float:
         """Progress at the middle of the coming step, so that neither the first nor the last step has rate zero."""
@@ -224,7 +234,7 @@ class Trainer:
         """Parallel BPB on the validation rows, as plain data for the log."""
         with self.autocast():
             bpb = self.ranks.first(parallel_bpb(self.model, self.schedule, self.eval_rows, self.byte_lengths))
-        reshard(self.model)
+        self._reshard()
         return {"step": self.num_steps_done, "bpb": bpb.merged, "bpb_per_pass": bpb.passes}
 
     def save(self) -> None:
