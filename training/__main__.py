@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -19,15 +20,23 @@ from lrt_core.checkpoint import load_config, load_tokenizer
 from lrt_core.tokenizer import Tokenizer
 from training.config import PRESETS, PYTHON_SOURCES, Precision, TrainingConfig
 from training.data import Corpus, load_corpus
+from training.distributed import RankError, Ranks, is_launched, is_loss_of_rank, joined, local_device
 from training.finish import finish
-from training.initial import check_fits, initialize
+from training.initial import check_fits
 from training.recurrence_flags import RECURRENCE_SETTINGS, add_recurrence_flags, with_recurrence
 from training.schedules.flags import add_schedule_flags, given_options, option_names
 from training.schedules.registry import entry
-from training.state import CHECKPOINT_FOLDER
+from training.state import CHECKPOINT_FOLDER, Which
 from training.study.__main__ import main as study
 from training.tokenizer import train_tokenizer
-from training.trainer import Trainer, check_is_new, load_run_config, uses_bfloat16
+from training.trainer import (
+    Trainer,
+    check_is_new,
+    load_run_config,
+    load_run_tokenizer,
+    uses_bfloat16,
+    write_settings,
+)
 
 EXIT_INTERRUPTED = 130
 DEFAULT_PRESET = "small"
@@ -39,13 +48,21 @@ def main(arguments: list[str] | None = None) -> int:
     if argv[:1] == ["study"]:
         return study(argv[1:])
     options = _parser().parse_args(argv)
+    who = f"lrt-train: rank {os.environ['RANK']}:" if is_launched() else "lrt-train:"
     try:
         return _train(options)
+    except RankError:
+        return 1  # that rank says what happened
+    except RuntimeError as error:
+        if not is_loss_of_rank(error):
+            raise
+        print(f"{who} error: another rank is gone: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
-        print(f"lrt-train: error: {error}", file=sys.stderr)
+        print(f"{who} error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("lrt-train: interrupted outside of training; nothing that was saved is lost", file=sys.stderr)
+        print(f"{who} interrupted outside of training; nothing that was saved is lost", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -53,13 +70,25 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lrt-train",
         description="Train a Latent Recurrent Transformer. Ctrl-C stops a run so that it can be resumed.",
+        epilog="Several processes: torchrun --nproc-per-node N -m training [the same arguments]. They share every batch, so it "
+        "must be a multiple of N rows; the run may be resumed with any other number, and with or without --fsdp.",
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), help=f"model and settings (default: {DEFAULT_PRESET})")
     parser.add_argument("--run", type=Path, help="folder of a new run (default: runs/PRESET)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, with the settings stored in it")
-    parser.add_argument("--finish", action="store_true", help="with --resume: write the checkpoint as of the last saved state")
+    parser.add_argument("--finish", action="store_true", help="with --resume: write the checkpoint as of a saved state")
+    parser.add_argument(
+        "--from",
+        choices=get_args(Which),
+        dest="which",
+        help="with --finish: which state, best by validation BPB (default: last)",
+    )
     parser.add_argument("--out", type=Path, help="where the checkpoint goes (default: RUN/checkpoint)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    parser.add_argument("--fsdp", action="store_true", help="with torchrun: each process holds a part of the model")
+    parser.add_argument(
+        "--accumulate", type=int, metavar="N", help="compute a step's rows in N parts: less memory, same losses"
+    )
     settings = parser.add_argument_group("settings of a new run, instead of the preset's")
     settings.add_argument("--data", action="append", metavar="SOURCE", help=f"{PYTHON_SOURCES}, a file or a folder; repeatable")
     settings.add_argument("--init-from", type=Path, metavar="CHECKPOINT", help="start with its weights, plain or recurrent")
@@ -69,6 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("--time-budget", type=float, metavar="SECONDS", help="end the run after this time at the latest")
     settings.add_argument("--batch-size", type=int, help="rows per step")
     settings.add_argument("--seed", type=int)
+    settings.add_argument("--save-every", type=int, metavar="N", help="save the run's state every N steps")
+    settings.add_argument("--keep-last", type=int, metavar="N", help="saved states to keep (default: 2)")
+    settings.add_argument("--keep-best", action="store_true", default=None, help="and the one with the best validation BPB")
+    settings.add_argument("--eval-every", type=int, metavar="N", help="measure validation BPB every N steps")
+    settings.add_argument("--log-every", type=int, metavar="N", help="write every N-th step to log.jsonl")
     settings.add_argument("--precision", choices=get_args(Precision))
     settings.add_argument("--compile", action="store_true", default=None, help="torch.compile of the layers")
     settings.add_argument(
@@ -78,21 +112,51 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _OWN_SETTINGS = ("data", "schedule", "num_steps", "time_budget", "batch_size", "seed", "precision", "compile", "recompute")
+_KEEPING = ("save_every", "keep_last", "keep_best", "eval_every", "log_every")
+"""Settings that change nothing in what is trained."""
 _SETTINGS = (*_OWN_SETTINGS[:2], *option_names(), *RECURRENCE_SETTINGS, *_OWN_SETTINGS[2:])
 """Every flag that fixes a run; those of the schedules' options follow the schedule's own."""
 
 
 def _train(options: argparse.Namespace) -> int:
-    trainer = _resumed(options) if options.resume is not None else _created(options)
-    run = trainer.run_folder
-    print(_summary(trainer), file=sys.stderr)
-    if not options.finish:
-        with _stopping_on_signals(trainer):
-            finished = trainer.run()
-        if not finished:
-            print(f"stopped at step {trainer.num_steps_done}; go on with: lrt-train --resume {run}", file=sys.stderr)
-            return EXIT_INTERRUPTED
-    out = options.out or run / CHECKPOINT_FOLDER
+    device = local_device(_device(options.device))
+    _check_together(options)
+    with joined(device) as ranks:
+        trainer = (_resumed if options.resume is not None else _created)(options, device, ranks)
+        if ranks.is_first:
+            print(_summary(trainer), file=sys.stderr)
+        finished = options.finish or _run(trainer)
+    if not finished:
+        return EXIT_INTERRUPTED
+    if not ranks.is_first:
+        return 0
+    if options.fsdp:  # a checkpoint is made of the whole model, which no rank had
+        trainer = Trainer.resume(trainer.run_folder, trainer.corpus, device)
+    return _finish(trainer, options.out or trainer.run_folder / CHECKPOINT_FOLDER)
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    """ValueError for arguments that do not go together."""
+    if options.finish and options.resume is None:
+        raise ValueError("--finish needs --resume RUN")
+    if options.finish and is_launched():
+        raise ValueError("--finish is the work of one process: call it without torchrun")
+    if options.which is not None and not options.finish:
+        raise ValueError(f"--from {options.which} needs --finish")
+    if options.fsdp and not is_launched():
+        raise ValueError("--fsdp needs several processes: torchrun --nproc-per-node N -m training --fsdp ...")
+
+
+def _run(trainer: Trainer) -> bool:
+    with _stopping_on_signals(trainer):
+        finished = trainer.run()
+    if not finished and trainer.ranks.is_first:
+        command = f"go on with: lrt-train --resume {trainer.run_folder}"
+        print(f"stopped at step {trainer.num_steps_done}; {command}", file=sys.stderr)
+    return finished
+
+
+def _finish(trainer: Trainer, out: Path) -> int:
     print(f"measuring sequential bits per byte, then writing {out}", file=sys.stderr)
     results = finish(trainer, out)
     print(f"{out}: sequential bpb {results.sequential:.4f}, parallel bpb {results.parallel.merged:.4f}")
@@ -108,20 +172,31 @@ def _summary(trainer: Trainer) -> str:
     )
 
 
-def _created(options: argparse.Namespace) -> Trainer:
-    if options.finish:
-        raise ValueError("--finish needs --resume RUN")
-    preset = options.preset or DEFAULT_PRESET
-    config = _configured(PRESETS[preset], options)
-    run = options.run or Path("runs") / preset
+def _created(options: argparse.Namespace, device: torch.device, ranks: Ranks) -> Trainer:
+    run = options.run or Path("runs") / (options.preset or DEFAULT_PRESET)
+    corpus = ranks.on_first(lambda: _begin(options, run))
+    config = load_run_config(run)
+    return Trainer(
+        config,
+        run,
+        corpus or _load(config, quiet=True),
+        load_run_tokenizer(run),
+        device,
+        ranks=ranks,
+        sharded=options.fsdp,
+        init_from=options.init_from,
+    )
+
+
+def _begin(options: argparse.Namespace, run: Path) -> Corpus:
+    """Read the corpus and lay down a new run's settings and tokenizer in its folder."""
+    config = _configured(PRESETS[options.preset or DEFAULT_PRESET], options)
     check_is_new(run)
     corpus = _load(config)
     tokenizer = _tokenizer(config, corpus) if options.init_from is None else load_tokenizer(options.init_from)
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
-    trainer = Trainer.create(config, run, corpus, tokenizer, _command(options), _device(options.device))
-    if options.init_from is not None:
-        initialize(trainer.model, options.init_from)
-    return trainer
+    write_settings(config, run, tokenizer, _command(options))
+    return corpus
 
 
 def _tokenizer(config: TrainingConfig, corpus: Corpus) -> Tokenizer:
@@ -160,7 +235,8 @@ def _configured(config: TrainingConfig, options: argparse.Namespace) -> Training
 
     With --init-from the architecture is the checkpoint's, unless a preset is asked for: then the two must fit.
     """
-    given = {name: getattr(options, name) for name in _OWN_SETTINGS if getattr(options, name) is not None}
+    names = (*_OWN_SETTINGS, *_KEEPING, "accumulate")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if "data" in given:
         given["data"] = tuple(given["data"])
     schedule = given.get("schedule", config.schedule)
@@ -177,20 +253,36 @@ def _configured(config: TrainingConfig, options: argparse.Namespace) -> Training
     return replace(config, model=model, schedule_options=of_schedule, **given)
 
 
-def _resumed(options: argparse.Namespace) -> Trainer:
-    given = [name for name in ("init_from", *_SETTINGS) if getattr(options, name) is not None]
+def _resumed(options: argparse.Namespace, device: torch.device, ranks: Ranks) -> Trainer:
+    given = [name for name in ("init_from", *_SETTINGS, *_KEEPING) if getattr(options, name) is not None]
     if given:
         raise ValueError(f"--resume goes on with the run's own settings; --{given[0].replace('_', '-')} cannot be given")
-    corpus = _load(load_run_config(options.resume))
-    trainer = Trainer.resume(options.resume, corpus, _device(options.device))
+    config = load_run_config(options.resume)
+    corpus = ranks.on_first(lambda: _load(config)) or _load(config, quiet=True)
+    which: Which = options.which or "last"
+    trainer = Trainer.resume(
+        options.resume,
+        corpus,
+        device,
+        ranks=ranks,
+        sharded=options.fsdp,
+        which=which,
+        accumulate=options.accumulate,
+    )
+    if not ranks.is_first:
+        return trainer
+    for damage in trainer.damaged_states:
+        print(f"lrt-train: warning: passed over a damaged state: {damage}", file=sys.stderr)
+    if trainer.damaged_states:
+        print(f"lrt-train: warning: going on from step {trainer.num_steps_done}", file=sys.stderr)
     if trainer.data_changed:
         print("lrt-train: warning: the data changed since this run was saved; it will not go on exactly", file=sys.stderr)
     return trainer
 
 
-def _load(config: TrainingConfig) -> Corpus:
+def _load(config: TrainingConfig, quiet: bool = False) -> Corpus:
     corpus = load_corpus(config.data, config.validation_fraction, config.piece_characters)
-    if corpus.skipped:
+    if corpus.skipped and not quiet:
         print(f"lrt-train: skipped {len(corpus.skipped)} corrupt record(s), the first: {corpus.skipped[0]}", file=sys.stderr)
     return corpus
 

@@ -51,6 +51,9 @@ class OptimizerConfig:
         _require(self.clip_norm > 0, f"optimizer.clip_norm must be above 0, got {self.clip_norm}")
 
 
+_COUNTS = ("batch_size", "num_steps", "eval_every", "eval_rows", "save_every", "keep_last", "accumulate", "log_every")
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """One run.
@@ -63,7 +66,8 @@ class TrainingConfig:
     falls to zero over the last `warmdown`.
     prompt_cuts: during the warmdown, the share of likely prompt ends at which text is cut (`packing.encode_with_cuts`).
     compile: torch.compile of what a layer does beside attention. recompute: activation checkpointing: less memory, more time.
-    batch_size: rows of `model.sequence_len` tokens per step. eval_rows: rows of each evaluation. *_every: in steps.
+    batch_size: rows of `model.sequence_len` tokens per step; accumulate: in so many parts, one after the other, on each rank.
+    eval_rows: rows of each evaluation. *_every: in steps. keep_last, keep_best: which saved states stay (`state.py`).
     """
 
     model: ModelConfig
@@ -81,6 +85,9 @@ class TrainingConfig:
     eval_every: int = 250
     eval_rows: int = 64
     save_every: int = 250
+    keep_last: int = 2
+    keep_best: bool = False
+    accumulate: int = 1
     log_every: int = 10
     seed: int = 0
     precision: Precision = "auto"
@@ -89,13 +96,17 @@ class TrainingConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_steps", "eval_every", "eval_rows", "save_every", "log_every"):
+        for name in _COUNTS:
             value = getattr(self, name)
             _require(type(value) is int and value >= 1, f"{name} must be an integer of at least 1, got {value!r}")
         _require(
             self.precision in get_args(Precision), f"precision must be one of {get_args(Precision)}, got {self.precision!r}"
         )
-        for name in ("compile", "recompute"):
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"accumulate: a batch of {self.batch_size} rows cannot be cut into {self.accumulate} equal parts",
+        )
+        for name in ("compile", "recompute", "keep_best"):
             _require(type(getattr(self, name)) is bool, f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("warmup", "warmdown", "prompt_cuts"):
             _require(0 <= getattr(self, name) <= 1, f"{name} is a fraction, got {getattr(self, name)!r}")

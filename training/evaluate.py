@@ -32,11 +32,16 @@ class ParallelBpb(NamedTuple):
 
 def bits_per_byte(token_losses: Tensor, targets: Tensor, byte_lengths: Tensor) -> float:
     """BPB of losses in nats and targets of one shape; byte_lengths [V], 0 for special tokens. ValueError without a byte."""
-    num_bytes = byte_lengths[targets]
-    total = int(num_bytes.sum())
+    nats, total = (float(part) for part in text_sums(token_losses, targets, byte_lengths))
     if total == 0:
         raise ValueError("the targets hold no text, only special tokens")
-    return float(token_losses.double()[num_bytes > 0].sum()) / (math.log(2) * total)
+    return nats / (math.log(2) * total)
+
+
+def text_sums(token_losses: Tensor, targets: Tensor, byte_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """What bits per byte divide, as sums over the targets that are text: losses in nats, and bytes; each float64 []."""
+    num_bytes = byte_lengths[targets]
+    return token_losses.double()[num_bytes > 0].sum(), num_bytes.sum().double()
 
 
 def merge(passes: list[PassLosses]) -> Tensor:

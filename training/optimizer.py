@@ -6,23 +6,30 @@ the head, the gates' few rows and the per-layer scales have no meaningful spectr
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrt_core.model import LatentRecurrentTransformer
 from training.config import OptimizerConfig
+from training.muon import Muon
 
 _REFERENCE_HIDDEN_SIZE = 768
 """The width at which learning rates are stated."""
 
+_SCALE_EPS = 1e-6
+"""AdamW's epsilon for scales. Fresh layers add nothing to the stream, whose norm undoes its scale: the gradients are rounding
+noise then, some 1e-9, and a smaller epsilon would make full steps of them; later they are some 1e-2."""
+
 
 class Optimizer:
-    """Both optimizers with one learning-rate schedule; the model's gradients are their input."""
+    """Both optimizers with one learning-rate schedule; the model's gradients are their input. The model may be sharded.
 
-    def __init__(self, model: LatentRecurrentTransformer, config: OptimizerConfig) -> None:
+    dtype: what Muon orthogonalises in.
+    """
+
+    def __init__(self, model: LatentRecurrentTransformer, config: OptimizerConfig, dtype: torch.dtype = torch.float32) -> None:
         groups = parameter_groups(model)
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         width = (model.config.hidden_size / _REFERENCE_HIDDEN_SIZE) ** -0.5
         rates = {
             "embedding": config.embedding_lr * width,
@@ -31,15 +38,29 @@ class Optimizer:
             "scale": config.scale_lr,
             "residual_scale": config.scale_lr / 100,
         }
-        self.muon = torch.optim.Muon(groups.pop("matrix"), lr=config.matrix_lr, weight_decay=config.weight_decay)
+        self.muon = Muon(groups.pop("matrix"), config.matrix_lr, config.weight_decay, dtype)
         self.adamw = torch.optim.AdamW(
-            [{"params": parameters, "lr": rates[kind]} for kind, parameters in groups.items() if parameters],
+            [
+                {"params": parameters, "lr": rates[kind], "eps": _SCALE_EPS if kind in ("scale", "residual_scale") else 1e-10}
+                for kind, parameters in groups.items()
+                if parameters
+            ],
             betas=(0.8, 0.95),
-            eps=1e-10,
             weight_decay=0.0,
             fused=True,
         )
+        self._begin()
         self._peaks = [[group["lr"] for group in one.param_groups] for one in (self.muon, self.adamw)]
+
+    def _begin(self) -> None:
+        """Give AdamW the state that it would make in its first step, so that `tensors` are the same ones from start to end."""
+        for group in self.adamw.param_groups:
+            for parameter in group["params"]:
+                self.adamw.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
     def step(self, lr_scale: float) -> None:
         """Apply the gradients with every learning rate times `lr_scale`, then clear them."""
@@ -49,14 +70,14 @@ class Optimizer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain data."""
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave, for a model of the same shape."""
-        self.muon.load_state_dict(state["muon"])
-        self.adamw.load_state_dict(state["adamw"])
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the optimizer remembers, by the weight's name and its own; filling them in place restores it."""
+        return {
+            f"{self._names[parameter]}.{key}": value
+            for optimizer in (self.muon, self.adamw)
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
 
 
 def parameter_groups(model: LatentRecurrentTransformer) -> dict[str, list[nn.Parameter]]:

@@ -69,14 +69,17 @@ class Packer:
         self._order: tuple[int, list[int]] = (-1, [])
         self._tokens: dict[tuple[int, float], list[int]] = {}
 
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """The next tokens and targets, integers [B, T] on the CPU; targets[:, t] follows tokens[:, t]."""
+    def batch(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """The next tokens and targets, integers [B, T] on the CPU; targets[:, t] follows tokens[:, t].
+
+        rows: only these are returned; the position advances for all.
+        """
         lanes = self.position.lanes
         lanes += [self._deal() for _ in range(self.batch_size - len(lanes))]
-        rows = torch.tensor([self._row(index) for index in range(self.batch_size)])
+        taken = torch.tensor([self._row(index) for index in range(self.batch_size)][rows])
         held = {(lane.document, lane.cut_share) for lane in lanes}
         self._tokens = {key: tokens for key, tokens in self._tokens.items() if key in held}
-        return rows[:, :-1], rows[:, 1:]
+        return taken[:, :-1], taken[:, 1:]
 
     def _row(self, index: int) -> list[int]:
         """The next T + 1 ids of a lane: bos and T of its stream, whose own bos is left out at the start of a row."""

@@ -1,8 +1,9 @@
-"""The training loop: batch, schedule, backward, clip, finite check, optimizer; log, evaluate, save.
+"""The training loop: batch, schedule, backward, clip, finite check, optimizer; log, evaluate, save; on one or several ranks.
 
 A run lives in its own folder (`state.py` says what lies there) and stops only between steps, with its state saved, so that
-resuming repeats nothing and loses nothing. Neighbours: `config.py`, `packing.py`, `optimizer.py`, `evaluate.py`,
-`finish.py`, which makes a checkpoint of the result.
+resuming repeats nothing and loses nothing. Several ranks share a batch's rows, agree on its loss, on the time and on when
+to stop, and train as one process would. Neighbours: `config.py`, `packing.py`, `optimizer.py`, `evaluate.py`,
+`distributed.py`, `finish.py`, which makes a checkpoint of the result.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import math
 import time
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lrt_core.files import read_json, write_json, write_text
 from lrt_core.hardware import has_fast_bf16
@@ -21,18 +24,23 @@ from lrt_core.model import LatentRecurrentTransformer, Layer
 from lrt_core.tokenizer import Tokenizer
 from training.config import Precision, TrainingConfig
 from training.data import Corpus
-from training.evaluate import bits_per_byte, merge, parallel_bpb
+from training.distributed import ALONE, Ranks, Silent, clip_gradients
+from training.evaluate import merge, parallel_bpb, text_sums
+from training.initial import initialize
 from training.optimizer import Optimizer, lr_scale
 from training.packing import Packer, Position, evaluation_rows
 from training.progress import Progress
+from training.schedules.losses import count_targets, part_of
 from training.state import (
     COMMAND_FILE,
     CONFIG_FILE,
     LOG_FILE,
-    STATE_FILE,
     TOKENIZER_FOLDER,
     StateError,
     TrainingState,
+    Which,
+    best_bpb,
+    has_states,
     load_state,
     save_state,
 )
@@ -51,25 +59,49 @@ class StepResult(NamedTuple):
 
 
 class Trainer:
-    """One run over a corpus. `step` advances it by one optimizer step, `run` to its end."""
+    """One run over a corpus. `step` advances it by one optimizer step, `run` to its end; all ranks call them alike.
+
+    sharded: each of the ranks holds its part of the model. init_from: a checkpoint whose weights it starts with.
+    """
 
     def __init__(
-        self, config: TrainingConfig, run: Path, corpus: Corpus, tokenizer: Tokenizer, device: torch.device | None = None
+        self,
+        config: TrainingConfig,
+        run: Path,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        device: torch.device | None = None,
+        *,
+        ranks: Ranks = ALONE,
+        sharded: bool = False,
+        init_from: Path | None = None,
     ) -> None:
+        _check_divisible(config, ranks)
         self.config, self.run_folder, self.corpus, self.tokenizer = config, run, corpus, tokenizer
-        self.device = device or torch.device("cpu")
+        self.device, self.ranks, self.sharded = device or torch.device("cpu"), ranks, sharded
         self.schedule = config.make_schedule()
         self.model = LatentRecurrentTransformer(config.model)
-        self.model.init_weights(torch.Generator().manual_seed(config.seed))
-        self.model.to(self.device)
+        if init_from is None:
+            self.model.init_weights(torch.Generator().manual_seed(config.seed))
+        else:
+            initialize(self.model, init_from)
         prepare(self.model, config.compile, config.recompute)
-        self.optimizer = Optimizer(self.model, config.optimizer)
+        if sharded:
+            from training.fsdp import shard
+
+            shard(self.model, ranks, self.device)
+        else:
+            self.model.to(self.device)
+        muon_dtype = torch.bfloat16 if uses_bfloat16(config.precision, self.device) else torch.float32
+        self.optimizer = Optimizer(self.model, config.optimizer, muon_dtype)
         self.packer = Packer(corpus.train, tokenizer, config.model.sequence_len, config.batch_size, config.seed)
         rows = evaluation_rows(corpus.validation, tokenizer, config.model.sequence_len, config.eval_rows)
         self.eval_rows = rows.to(self.device)
         self.byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=self.device)
         self.num_steps_done, self.elapsed = 0, 0.0
         self.stop_requested = False
+        self.damaged_states: list[str] = []
+        self._saved_step, self._evaluation = -1, (-1, math.inf)
 
     @classmethod
     def create(
@@ -82,29 +114,49 @@ class Trainer:
         device: torch.device | None = None,
     ) -> Trainer:
         """A new run in an empty or new folder; command: what started it. StateError when a run lies there already."""
-        check_is_new(run)
-        (run / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
-        tokenizer.save(run / TOKENIZER_FOLDER)
-        write_json(run / CONFIG_FILE, config.to_dict())
-        write_text(run / COMMAND_FILE, command + "\n")
+        write_settings(config, run, tokenizer, command)
         return cls(config, run, corpus, tokenizer, device)
 
     @classmethod
-    def resume(cls, run: Path, corpus: Corpus, device: torch.device | None = None) -> Trainer:
-        """The run as it was last saved; StateError or CheckpointError when a file is missing or damaged."""
-        trainer = cls(load_run_config(run), run, corpus, Tokenizer.from_directory(run / TOKENIZER_FOLDER), device)
-        trainer._restore(load_state(run))
+    def resume(
+        cls,
+        run: Path,
+        corpus: Corpus,
+        device: torch.device | None = None,
+        *,
+        ranks: Ranks = ALONE,
+        sharded: bool = False,
+        which: Which = "last",
+        accumulate: int | None = None,
+    ) -> Trainer:
+        """The run as it was saved last, or best; on other ranks, sharded or not, and in other parts than before as it comes.
+
+        Damaged states are passed over and named in `damaged_states`; StateError or CheckpointError when nothing is left.
+        """
+        config = load_run_config(run)
+        config = replace(config, accumulate=accumulate or config.accumulate)
+        tokenizer = load_run_tokenizer(run)
+        trainer = cls(config, run, corpus, tokenizer, device, ranks=ranks, sharded=sharded)
+        trainer._restore(which)
         return trainer
 
-    def _restore(self, state: TrainingState) -> None:
-        self.model.load_state_dict(state.model)
-        self.optimizer.load_state_dict(state.optimizer)
-        self.num_steps_done, self.elapsed = state.step, state.elapsed
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that a state holds beside plain data; the model's and the optimizer's are the live ones."""
+        return {
+            **{f"model.{name}": tensor for name, tensor in self.model.state_dict().items()},
+            **{f"optimizer.{name}": tensor for name, tensor in self.optimizer.tensors().items()},
+            "rng": torch.get_rng_state(),
+        }
+
+    def _restore(self, which: Which) -> None:
+        tensors = self._tensors()
+        state, self.damaged_states = load_state(self.run_folder, tensors, self.ranks, which)
+        self.num_steps_done, self.elapsed, self._saved_step = state.step, state.elapsed, state.step
         self.data_changed = state.data_fingerprint != self.corpus.fingerprint()
         position = Position.from_dict(state.position)
         # A position counts documents; among others it means nothing, so changed data begins a new epoch.
         self.packer.position = Position(position.epoch + 1) if self.data_changed else position
-        torch.set_rng_state(state.rng)
+        torch.set_rng_state(tensors["rng"])
 
     data_changed = False
     """Whether the corpus differs from the one the run was saved with: it goes on, but not as it would have."""
@@ -126,12 +178,8 @@ class Trainer:
         started = time.monotonic()
         in_warmdown = self.progress >= 1.0 - self.config.warmdown
         self.packer.cut_share = self.config.prompt_cuts if in_warmdown else 0.0
-        tokens, targets = (part.to(self.device) for part in self.packer.batch())
-        with self.autocast():
-            losses = self.schedule(self.model, tokens, targets)
-        losses.total.backward()  # type: ignore[no-untyped-call]
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
-        loss, norm = losses.total.item(), grad_norm.item()
+        loss, nats, num_bytes = self._gradients(*self.packer.batch(self.ranks.rows(self.config.batch_size)))
+        norm = clip_gradients(self.model, self.config.optimizer.clip_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"step {self.num_steps_done + 1}: loss {loss}, gradient norm {norm}: not finite, the weights were left as "
@@ -140,8 +188,38 @@ class Trainer:
         self.optimizer.step(lr_scale(self._progress_of_next(), self.config.warmup, self.config.warmdown))
         self.num_steps_done += 1
         self.elapsed += time.monotonic() - started
-        with torch.no_grad():
-            return StepResult(loss, bits_per_byte(merge(losses.passes), targets, self.byte_lengths), norm)
+        return StepResult(loss, nats / (math.log(2) * num_bytes), norm)
+
+    def _gradients(self, tokens: Tensor, targets: Tensor) -> list[float]:
+        """Leave the whole batch's gradients in the model, from this rank's rows [B, T] of it in `accumulate` parts.
+
+        Returns the batch's loss, its merged forwards' loss in nats over targets that are text, and these targets' bytes.
+        """
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        counts: list[float] = []
+        for part in zip(tokens.chunk(self.config.accumulate), targets.chunk(self.config.accumulate), strict=True):
+            some_tokens, some_targets = (one.to(self.device) for one in part)
+            with self.autocast():
+                losses = self.schedule(self.model, some_tokens, some_targets)
+            # Which positions a forward covers is the same for all rows, so the first part tells what to divide by.
+            counts = counts or self.ranks.sum([float(count) for count in count_targets(losses.passes, targets)])
+            own = [float(count) for count in count_targets(losses.passes, some_targets)]
+            total = part_of(losses, counts, own)
+            total.backward()  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                text = text_sums(merge(losses.passes), some_targets, self.byte_lengths)
+                sums += torch.stack([total.detach().double(), *text])
+        if not self.sharded:
+            self.ranks.reduce_gradients(self.model)
+        self._reshard()
+        return self.ranks.sum(sums.tolist())
+
+    def _reshard(self) -> None:
+        """Let go of what forwards left whole of a sharded model."""
+        if self.sharded:
+            from training.fsdp import reshard
+
+            reshard(self.model)
 
     def _progress_of_next(self) -> float:
         """Progress at the middle of the coming step, so that neither the first nor the last step has rate zero."""
@@ -152,37 +230,52 @@ class Trainer:
         enabled = uses_bfloat16(self.config.precision, self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    def evaluate(self) -> dict[str, object]:
+    def evaluate(self) -> dict[str, Any]:
         """Parallel BPB on the validation rows, as plain data for the log."""
         with self.autocast():
-            bpb = parallel_bpb(self.model, self.schedule, self.eval_rows, self.byte_lengths)
+            bpb = self.ranks.first(parallel_bpb(self.model, self.schedule, self.eval_rows, self.byte_lengths))
+        self._reshard()
         return {"step": self.num_steps_done, "bpb": bpb.merged, "bpb_per_pass": bpb.passes}
 
     def save(self) -> None:
-        """Write the state that `resume` reads."""
+        """Write the state that `resume` reads, unless it is there already; StateError when it cannot be written."""
+        if self._saved_step == self.num_steps_done:
+            return
+        step, bpb = self._evaluation
         state = TrainingState(
             step=self.num_steps_done,
             elapsed=self.elapsed,
             position=self.packer.position.to_dict(),
             data_fingerprint=self.corpus.fingerprint(),
-            model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            rng=torch.get_rng_state(),
+            bpb=bpb if step == self.num_steps_done and math.isfinite(bpb) else None,
         )
-        save_state(self.run_folder, state)
+        save_state(self.run_folder, state, self._tensors(), self.ranks, self.config.keep_last, self.config.keep_best)
+        self._saved_step = self.num_steps_done
 
     def run(self) -> bool:
         """Train to the end, or until `stop_requested` is set; the state is saved either way. True when the end was reached."""
-        with Progress(self.run_folder / LOG_FILE) as progress:
-            progress.log("start", step=self.num_steps_done, data_changed=self.data_changed)
-            while self.progress < 1.0 and not self.stop_requested:
+        with Progress(self.run_folder / LOG_FILE) if self.ranks.is_first else Silent() as progress:
+            progress.log(
+                "start",
+                step=self.num_steps_done,
+                data_changed=self.data_changed,
+                ranks=self.ranks.size,
+                damaged_states=self.damaged_states,
+            )
+            while self._goes_on():
                 self._report(progress, self.step())
                 self._periodic(progress)
             self.save()
             progress.log("stop", step=self.num_steps_done, elapsed=round(self.elapsed, 3), finished=self.progress >= 1.0)
         return self.progress >= 1.0
 
-    def _report(self, progress: Progress, result: StepResult) -> None:
+    def _goes_on(self) -> bool:
+        """Whether to make another step: the ranks go by the first one's clock, and stop when any of them is asked to."""
+        elapsed, num_stopping = self.ranks.sum([self.elapsed if self.ranks.is_first else 0.0, self.stop_requested])
+        self.elapsed = elapsed
+        return self.progress < 1.0 and not num_stopping
+
+    def _report(self, progress: Progress | Silent, result: StepResult) -> None:
         speed = self.num_tokens_done / self.elapsed
         left = self.elapsed / self.progress - self.elapsed
         progress.show(self.progress, self.num_steps_done, result.loss, result.bpb, speed, left)
@@ -196,26 +289,51 @@ class Trainer:
                 elapsed=round(self.elapsed, 3),
             )
 
-    def _periodic(self, progress: Progress) -> None:
-        started = time.monotonic()
+    def _periodic(self, progress: Progress | Silent) -> None:
+        started, is_best = time.monotonic(), False
         if self.num_steps_done % self.config.eval_every == 0:
             result = self.evaluate()
             progress.log("evaluation", **result)
             progress.say(f"step {self.num_steps_done}: validation bpb {result['bpb']:.4f}")
+            self._evaluation = self.num_steps_done, result["bpb"]
+            is_best = self.config.keep_best and self.ranks.first(result["bpb"] < best_bpb(self.run_folder))
         self.elapsed += time.monotonic() - started
-        if self.num_steps_done % self.config.save_every == 0:
+        if self.num_steps_done % self.config.save_every == 0 or is_best:
             self.save()
+
+
+def _check_divisible(config: TrainingConfig, ranks: Ranks) -> None:
+    parts = ranks.size * config.accumulate
+    if config.batch_size % parts:
+        raise TrainingError(
+            f"batch_size {config.batch_size} must be a multiple of {parts}: {ranks.size} rank(s) take equal shares of a batch, "
+            f"each in {config.accumulate} part(s)"
+        )
+
+
+def write_settings(config: TrainingConfig, run: Path, tokenizer: Tokenizer, command: str) -> None:
+    """Begin a run's folder: all that it holds before the first state. StateError when a run lies there already."""
+    check_is_new(run)
+    (run / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(run / TOKENIZER_FOLDER)
+    write_json(run / CONFIG_FILE, config.to_dict())
+    write_text(run / COMMAND_FILE, command + "\n")
 
 
 def check_is_new(run: Path) -> None:
     """StateError when a saved run lies in the folder."""
-    if (run / STATE_FILE).exists():
+    if has_states(run):
         raise StateError(f"{run}: holds a run already; resume it or choose another folder")
 
 
 def load_run_config(run: Path) -> TrainingConfig:
     """The configuration stored in a run's folder."""
     return TrainingConfig.from_dict(read_json(run / CONFIG_FILE))
+
+
+def load_run_tokenizer(run: Path) -> Tokenizer:
+    """The tokenizer stored in a run's folder."""
+    return Tokenizer.from_directory(run / TOKENIZER_FOLDER)
 
 
 def prepare(model: LatentRecurrentTransformer, compile: bool, recompute: bool) -> None:

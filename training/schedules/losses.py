@@ -30,10 +30,14 @@ class PassLosses(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The scalar to minimise, and every forward in the order in which it ran."""
+    """The scalar to minimise, every forward in the order in which it ran, and the forwards' shares of the total.
+
+    shares: P numbers that sum to 1 where the total is their forwards' weighted mean, so that a batch can be split (`part_of`).
+    """
 
     total: Tensor
     passes: list[PassLosses]
+    shares: tuple[float, ...] = ()
 
 
 def token_losses(model: LatentRecurrentTransformer, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -53,11 +57,30 @@ def token_losses(model: LatentRecurrentTransformer, hidden: Tensor, targets: Ten
 
 def mean_of_passes(passes: list[PassLosses], targets: Tensor, weights: Sequence[float] | None = None) -> Losses:
     """Every forward's mean over its targets, of targets [B, T], weighs the same, whatever their number, or as `weights` say."""
-    means = [one.token_losses.sum() / (targets[:, one.positions] != IGNORE).sum().clamp(min=1) for one in passes]
-    if weights is None:
-        return Losses(torch.stack(means).mean(), passes)
-    shares = torch.tensor(weights, dtype=means[0].dtype, device=targets.device)
-    return Losses((torch.stack(means) * shares).sum() / shares.sum(), passes)
+    given = weights or [1.0] * len(passes)
+    shares = tuple(weight / sum(given) for weight in given)
+    return Losses(_weighted(passes, shares, [counts.clamp(min=1) for counts in count_targets(passes, targets)]), passes, shares)
+
+
+def count_targets(passes: list[PassLosses], targets: Tensor) -> list[Tensor]:
+    """How many of targets [B, T] each forward is scored on."""
+    return [(targets[:, one.positions] != IGNORE).sum() for one in passes]
+
+
+def part_of(losses: Losses, counts: Sequence[float], own: Sequence[float]) -> Tensor:
+    """What the rows of `losses` give to the total of a batch that they are part of; the parts of all rows sum to it.
+
+    counts, own: targets of each forward in the whole batch and in these rows. A schedule that names no shares is taken to
+    return a mean over targets, and its total weighs by their number.
+    """
+    if not losses.shares:
+        return losses.total * (sum(own) / max(1.0, sum(counts)))
+    return _weighted(losses.passes, losses.shares, [max(1.0, count) for count in counts])
+
+
+def _weighted(passes: list[PassLosses], shares: Sequence[float], counts: Sequence[Tensor | float]) -> Tensor:
+    means = [share * (one.token_losses.sum() / count) for one, share, count in zip(passes, shares, counts, strict=True)]
+    return torch.stack(means).sum()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -20,7 +20,7 @@ from training.data import Corpus
 from training.evaluate import bits_per_byte, parallel_bpb, sequential_bpb
 from training.finish import finish
 from training.measures import contraction, refined_losses
-from training.state import STATE_FILE
+from training.state import has_states
 from training.study.plan import Cell, Plan
 from training.trainer import Trainer
 
@@ -60,7 +60,7 @@ def run_cell(plan: Plan, cell: Cell, around: Surroundings, started: Callable[[Tr
 
 def _trainer(plan: Plan, cell: Cell, around: Surroundings, folder: Path) -> Trainer:
     device = torch.device(around.device)
-    if (folder / STATE_FILE).exists():
+    if has_states(folder):
         return Trainer.resume(folder, around.corpus, device)
     config = plan.config(cell, around.tokenizer.vocab_size)
     return Trainer.create(config, folder, around.corpus, around.tokenizer, f"lrt-train study ({cell.name})", device)
