@@ -17,6 +17,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 PYTHON_SOURCES = "python-sources"
 """The corpus that every machine with this program has: the running interpreter's own Python files."""
+PYTHON_LIBRARY = "python-library"
+"""Of these, the standard library alone."""
 
 
 class TrainingConfigError(ValueError):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from training.data import Corpus, DataError, Document, _pieces, load_corpus, python_sources
+from training.data import Corpus, DataError, Document, load_corpus, python_sources
+from training.data.documents import pieces
 
 CODE = "def add(first, second):\n    '''The sum of two numbers.'''\n    return first + second\n\n\n" * 5
 
@@ -86,9 +87,9 @@ def test_one_document_is_too_few(tmp_path: Path) -> None:
 
 def test_long_text_is_cut_at_blank_lines() -> None:
     paragraphs = [f"{index} " * 1000 for index in range(30)]
-    pieces = list(_pieces("\n\n".join(paragraphs), 16_384))
-    assert len(pieces) > 2
-    assert "\n\n".join(pieces).split("\n\n") == paragraphs
+    found = list(pieces(["\n\n".join(paragraphs)], 16_384))
+    assert len(found) > 2
+    assert "\n\n".join(found).split("\n\n") == paragraphs
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
@@ -137,7 +138,8 @@ def test_a_file_without_any_record_is_an_error(tmp_path: Path) -> None:
         ("data.jsonl.gz", b"not gzip", "cannot be read"),
         ("data.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:-12], "cannot be read"),
         ("data.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 40, "cannot be read"),
-        ("data.parquet", b"PAR1", "unknown kind of file"),
+        ("data.parquet", b"PAR1", "cannot be read"),
+        ("data.csv", b"text", "unknown kind of file"),
     ],
 )
 def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

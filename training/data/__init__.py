@@ -1,0 +1,7 @@
+"""What there is to train on: documents and conversations from files of many kinds, in memory or as shards of ids."""
+
+from training.data.corpus import Corpus, load_corpus, python_sources, read_texts
+from training.data.documents import Document
+from training.data.records import DataError
+
+__all__ = ["Corpus", "DataError", "Document", "load_corpus", "python_sources", "read_texts"]
