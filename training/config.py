@@ -59,10 +59,12 @@ class TrainingConfig:
 
     model: its vocab_size is the tokenizer's target; a corpus too small for it gives a smaller vocabulary.
     schedule, schedule_options: see `training/schedules`; an option that is not given has its default.
-    data: `python-sources` or paths of files and folders.
+    data: `python-sources`, `python-library` or paths of files and folders.
     num_steps: optimizer steps; time_budget: seconds after which the run is over even with steps left, None for no limit. The
     learning rate follows whichever of the two is nearer its end: it rises over the first `warmup` of the run, stays, and
     falls to zero over the last `warmdown`.
+    chat: data are conversations, of which the model learns what the assistant says; needs prompt_cuts of 0.
+    shards: the folder of tokenised data, to share it among runs; None for one in the run's folder.
     prompt_cuts: during the warmdown, the share of likely prompt ends at which text is cut (`packing.encode_with_cuts`).
     compile: torch.compile of what a layer does beside attention. recompute: activation checkpointing: less memory, more time.
     batch_size: rows of `model.sequence_len` tokens per step. eval_rows: rows of each evaluation. *_every: in steps.
@@ -72,6 +74,8 @@ class TrainingConfig:
     schedule: str = "interleaved"
     schedule_options: dict[str, Any] = field(default_factory=dict)
     data: tuple[str, ...] = (PYTHON_SOURCES,)
+    chat: bool = False
+    shards: str | None = None
     validation_fraction: float = 0.02
     tokenizer_bytes: int = 50_000_000
     num_steps: int = 1000
@@ -97,12 +101,13 @@ class TrainingConfig:
         _require(
             self.precision in get_args(Precision), f"precision must be one of {get_args(Precision)}, got {self.precision!r}"
         )
-        for name in ("compile", "recompute"):
+        for name in ("chat", "compile", "recompute"):
             _require(type(getattr(self, name)) is bool, f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("warmup", "warmdown", "prompt_cuts"):
             _require(0 <= getattr(self, name) <= 1, f"{name} is a fraction, got {getattr(self, name)!r}")
         _require(0 < self.validation_fraction < 1, f"validation_fraction must lie in 0..1, got {self.validation_fraction!r}")
         _require(self.time_budget is None or self.time_budget > 0, f"time_budget must be above 0, got {self.time_budget!r}")
+        _require(not (self.chat and self.prompt_cuts), f"prompt_cuts must be 0 for conversations, got {self.prompt_cuts!r}")
         _require(bool(self.data), "data must name at least one corpus, file or folder")
         self._check_schedule()
 
@@ -161,6 +166,7 @@ PRESETS = {
             gate_channels=16,
             recurrence=RecurrenceConfig(source_layer=1),
         ),
+        data=(PYTHON_LIBRARY,),
         tokenizer_bytes=500_000,
         num_steps=30,
         batch_size=4,

@@ -97,7 +97,7 @@ class Packer:
         while length < size:
             lane = self.position.lanes[index]
             num_tokens = self.documents.num_tokens(lane.document, lane.cut_share)
-            if whole and 0 < length and length + num_tokens > size:
+            if whole and length > 0 and length + num_tokens > size:
                 parts.append(np.full(size - length, ~self.bos_id))
                 break
             start = max(lane.offset, int(length == 1 and not whole))
@@ -138,18 +138,21 @@ def evaluation_rows(
 ) -> Tensor:
     """At most num_rows rows [R, T + 1] for `split_rows`, spread over the documents and over the places within them.
 
-    Each document in turn gives one row, the first document its first, the second its second, and so on around. Where no document
-    fills a row they are read one after the other; a conversation always has a row of its own. ValueError when there is not
-    one full row.
+    Each document in turn gives one row, the first document its first, the second its second, and so on around. Where no
+    document fills a row they are read one after the other; a conversation always has a row of its own. ValueError when there
+    is not one full row.
     """
     source, bos = tokens_of(documents, tokenizer, 1), _bos(tokenizer)
     chosen = _spread(len(source), num_rows if source.keeps_whole else 2 * num_rows)
     found = [source.ids(index, 0.0) for index in chosen]
+    rows: list[Ids] = []
     if source.keeps_whole:
         rows = [np.append(ids, np.full(sequence_len + 1 - len(ids), ~bos)) for ids in found]
-    else:
+    elif found:
         rows = _in_turn([_full_rows(ids[1:], bos, sequence_len) for ids in found])
-        rows = rows or _full_rows(_stream(source, sum(map(len, found)) / len(found), num_rows * sequence_len), bos, sequence_len)
+        rows = rows or _full_rows(
+            _stream(source, sum(map(len, found)) / len(found), num_rows * sequence_len), bos, sequence_len
+        )
     if not rows:
         raise ValueError(f"the validation documents do not fill a row of {sequence_len} tokens; give longer or more documents")
     return torch.from_numpy(np.stack(rows[:num_rows]))
@@ -165,7 +168,7 @@ def _in_turn(cut: list[list[Ids]]) -> list[Ids]:
 
 
 def _stream(source: TokenSource, mean: float, num_tokens: int) -> Ids:
-    """About `num_tokens` ids, as far as there are so many, of documents that have `mean` on average; without the first's bos."""
+    """About `num_tokens` ids, where there are so many, of documents that have `mean` on average; without the first's bos."""
     chosen = _spread(len(source), int(num_tokens / mean) + 2)
     return np.concatenate([source.ids(index, 0.0) for index in chosen])[1:]
 

@@ -20,7 +20,7 @@ from lrt_core.hardware import has_fast_bf16
 from lrt_core.model import LatentRecurrentTransformer, Layer
 from lrt_core.tokenizer import Tokenizer
 from training.config import Precision, TrainingConfig
-from training.data import Corpus
+from training.data import Corpus, ShardedCorpus
 from training.evaluate import bits_per_byte, merge, parallel_bpb
 from training.optimizer import Optimizer, lr_scale
 from training.packing import Packer, Position, evaluation_rows
@@ -54,7 +54,12 @@ class Trainer:
     """One run over a corpus. `step` advances it by one optimizer step, `run` to its end."""
 
     def __init__(
-        self, config: TrainingConfig, run: Path, corpus: Corpus, tokenizer: Tokenizer, device: torch.device | None = None
+        self,
+        config: TrainingConfig,
+        run: Path,
+        corpus: Corpus | ShardedCorpus,
+        tokenizer: Tokenizer,
+        device: torch.device | None = None,
     ) -> None:
         self.config, self.run_folder, self.corpus, self.tokenizer = config, run, corpus, tokenizer
         self.device = device or torch.device("cpu")
@@ -76,7 +81,7 @@ class Trainer:
         cls,
         config: TrainingConfig,
         run: Path,
-        corpus: Corpus,
+        corpus: Corpus | ShardedCorpus,
         tokenizer: Tokenizer,
         command: str,
         device: torch.device | None = None,
@@ -90,7 +95,7 @@ class Trainer:
         return cls(config, run, corpus, tokenizer, device)
 
     @classmethod
-    def resume(cls, run: Path, corpus: Corpus, device: torch.device | None = None) -> Trainer:
+    def resume(cls, run: Path, corpus: Corpus | ShardedCorpus, device: torch.device | None = None) -> Trainer:
         """The run as it was last saved; StateError or CheckpointError when a file is missing or damaged."""
         trainer = cls(load_run_config(run), run, corpus, Tokenizer.from_directory(run / TOKENIZER_FOLDER), device)
         trainer._restore(load_state(run))
@@ -174,7 +179,7 @@ class Trainer:
     def run(self) -> bool:
         """Train to the end, or until `stop_requested` is set; the state is saved either way. True when the end was reached."""
         with Progress(self.run_folder / LOG_FILE) as progress:
-            progress.log("start", step=self.num_steps_done, data_changed=self.data_changed)
+            progress.log("start", step=self.num_steps_done, data_changed=self.data_changed, skipped=self.corpus.num_skipped)
             while self.progress < 1.0 and not self.stop_requested:
                 self._report(progress, self.step())
                 self._periodic(progress)

@@ -3,5 +3,6 @@
 from training.data.corpus import Corpus, load_corpus, python_sources, read_texts
 from training.data.documents import Document
 from training.data.records import DataError
+from training.data.shards import ShardedCorpus
 
-__all__ = ["Corpus", "DataError", "Document", "load_corpus", "python_sources", "read_texts"]
+__all__ = ["Corpus", "DataError", "Document", "ShardedCorpus", "load_corpus", "python_sources", "read_texts"]

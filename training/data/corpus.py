@@ -58,7 +58,7 @@ def load_corpus(sources: Sequence[str], validation_fraction: float, piece_charac
     if len(unique) < 2:
         raise DataError(f"{', '.join(sources)}: training and validation need two different documents, got {len(unique)}")
     hashes = [hash64(document.name) for document in unique.values()]
-    limit = fitting_limit(validation_limit(validation_fraction), hashes)
+    limit = fitting_limit(validation_limit(validation_fraction), hashes, sources)
     for document, place in zip(unique.values(), hashes, strict=True):
         if place < limit:
             corpus.validation.append(document)

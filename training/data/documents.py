@@ -11,7 +11,9 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
 
 from training.config import PYTHON_LIBRARY, PYTHON_SOURCES
 from training.data.python_files import handwritten, python_files
@@ -78,7 +80,9 @@ class Sources:
             digest.update(line.encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
-    def documents(self, skip: Callable[[str], None], advance: Callable[[int], None] = lambda num_bytes: None) -> Iterator[Document]:
+    def documents(
+        self, skip: Callable[[str], None], advance: Callable[[int], None] = lambda num_bytes: None
+    ) -> Iterator[Document]:
         """Every document in order. skip: told of each corrupt record; advance: told how many bytes of a file were read.
 
         DataError names a file that cannot be read.
@@ -164,6 +168,15 @@ def _parts(paragraph: str) -> list[str]:
     return [*parts, paragraph]
 
 
+def advancing(bar: tqdm[Any]) -> Callable[[int], None]:
+    """What moves a bar on by so many bytes."""
+
+    def advance(num_bytes: int) -> None:
+        bar.update(num_bytes)
+
+    return advance
+
+
 def hash64(text: str) -> int:
     """64 bits of a name or text, the same everywhere."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
@@ -174,12 +187,12 @@ def validation_limit(fraction: float) -> int:
     return int(fraction * 2**64)
 
 
-def fitting_limit(limit: int, hashes: Sequence[int]) -> int:
+def fitting_limit(limit: int, hashes: Sequence[int], sources: Sequence[str]) -> int:
     """The limit, moved where it would give one side nothing: that side then gets the document nearest to it.
 
-    hashes: of the names of all documents, at least two of which must differ; else it is a DataError.
+    hashes: of the names of all documents of the sources, at least two of which must differ; else it is a DataError.
     """
     lowest, highest = min(hashes, default=0), max(hashes, default=0)
     if lowest == highest:
-        raise DataError("training and validation need two documents of different names")
+        raise DataError(f"{', '.join(sources)}: training and validation need two documents of different names")
     return min(max(limit, lowest + 1), highest)

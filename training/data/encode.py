@@ -58,7 +58,7 @@ class ConversationEncoder:
             raise DataError(f"the tokenizer's chat template cannot be used: {error}") from None
 
     def encode(self, document: Document) -> tuple[Ids, bool]:
-        """Ids, complements where the assistant did not speak, and whether they were cut; ValueError for what teaches nothing."""
+        """Ids, complements where the assistant did not speak, and whether they were cut; ChatError for what teaches nothing."""
         messages: list[dict[str, str]] = json.loads(document.text)
         rendered = self._template.render(messages)
         if rendered.assistant_mask is None:

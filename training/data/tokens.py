@@ -1,4 +1,4 @@
-"""Where rows come from: documents as arrays of ids, whether texts in memory or shards. Neighbours: `shards.py`, `packing.py`."""
+"""Where rows come from: documents as arrays of ids, from texts in memory or shards. Neighbours: `shards.py`, `packing.py`."""
 
 from __future__ import annotations
 
