@@ -11,25 +11,29 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from lrt_core.checkpoint import load_config, load_tokenizer
 from lrt_core.config import RecurrenceConfig
 from lrt_core.tokenizer import Tokenizer
-from training.config import PRESETS, PYTHON_SOURCES, Precision, TrainingConfig
-from training.data import Corpus, load_corpus
+from training.config import PRESETS, PYTHON_LIBRARY, PYTHON_SOURCES, Precision, TrainingConfig
+from training.data import ShardedCorpus
+from training.data.documents import TEXT_SUFFIXES
+from training.data.opening import learn_tokenizer, open_corpus
+from training.data.records import RECORD_SUFFIXES
 from training.finish import finish
 from training.initial import check_fits, initialize
 from training.schedules.flags import add_schedule_flags, given_options, option_names
 from training.schedules.registry import entry
-from training.state import CHECKPOINT_FOLDER
-from training.tokenizer import train_tokenizer
+from training.state import CHECKPOINT_FOLDER, TOKENIZER_FOLDER
 from training.trainer import Trainer, check_is_new, load_run_config, uses_bfloat16
 
 EXIT_INTERRUPTED = 130
 DEFAULT_PRESET = "small"
+CHAT_LR_SCALE = 0.1
+"""Of a fresh model's learning rates, for one that has learned already."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="where the checkpoint goes (default: RUN/checkpoint)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     settings = parser.add_argument_group("settings of a new run, instead of the preset's")
-    settings.add_argument("--data", action="append", metavar="SOURCE", help=f"{PYTHON_SOURCES}, a file or a folder; repeatable")
+    _add_data_flags(settings)
     settings.add_argument("--init-from", type=Path, metavar="CHECKPOINT", help="start with its weights, plain or recurrent")
     add_schedule_flags(settings)
     settings.add_argument("--steps", type=int, dest="num_steps", help="optimizer steps")
@@ -73,8 +77,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_OWN_SETTINGS = ("data", "schedule", "num_steps", "time_budget", "batch_size", "seed", "precision", "compile", "recompute")
-_SETTINGS = (*_OWN_SETTINGS[:2], *option_names(), *_OWN_SETTINGS[2:])
+def _add_data_flags(settings: argparse._ArgumentGroup) -> None:
+    add, kinds = settings.add_argument, ", ".join(TEXT_SUFFIXES + RECORD_SUFFIXES)
+    add(
+        "--data",
+        action="append",
+        metavar="SOURCE",
+        help=f"{PYTHON_SOURCES}, {PYTHON_LIBRARY}, a file or a folder of {kinds}; repeatable. "
+        "Records have their text in `text`, conversations in `messages`",
+    )
+    add(
+        "--chat",
+        action="store_true",
+        default=None,
+        help="with --init-from: the data are conversations, of which only what the assistant says is learned",
+    )
+    add("--shards", metavar="DIR", help="where tokenised data lie, to share them among runs (default: RUN/shards)")
+
+
+_OWN_SETTINGS = (
+    "data",
+    "chat",
+    "schedule",
+    "num_steps",
+    "time_budget",
+    "batch_size",
+    "seed",
+    "precision",
+    "compile",
+    "recompute",
+)
+_SETTINGS = (*_OWN_SETTINGS[:3], *option_names(), *_OWN_SETTINGS[3:])
 """Every flag that fixes a run; those of the schedules' options follow the schedule's own."""
 
 
@@ -100,7 +133,8 @@ def _summary(trainer: Trainer) -> str:
     precision = "bfloat16" if uses_bfloat16(trainer.config.precision, trainer.device) else "float32"
     return (
         f"{trainer.run_folder}: {size:.1f}M parameters, schedule {trainer.config.schedule}, {precision} on {trainer.device}; "
-        f"{len(trainer.corpus.train):,} pieces to train on, {len(trainer.corpus.validation):,} documents to validate on"
+        f"{len(trainer.corpus.train):,} {'conversations' if trainer.config.chat else 'pieces'} to train on, "
+        f"{len(trainer.corpus.validation):,} {'conversations' if trainer.config.chat else 'documents'} to validate on"
     )
 
 
@@ -111,19 +145,13 @@ def _created(options: argparse.Namespace) -> Trainer:
     config = _configured(PRESETS[preset], options)
     run = options.run or Path("runs") / preset
     check_is_new(run)
-    corpus = _load(config)
-    tokenizer = _tokenizer(config, corpus) if options.init_from is None else load_tokenizer(options.init_from)
+    tokenizer = learn_tokenizer(config) if options.init_from is None else load_tokenizer(options.init_from)
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+    corpus = _load(config, run, tokenizer)
     trainer = Trainer.create(config, run, corpus, tokenizer, _command(options), _device(options.device))
     if options.init_from is not None:
         initialize(trainer.model, options.init_from)
     return trainer
-
-
-def _tokenizer(config: TrainingConfig, corpus: Corpus) -> Tokenizer:
-    order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    texts = (corpus.train[index].text for index in order)
-    return train_tokenizer(texts, config.model.vocab_size, config.tokenizer_bytes)
 
 
 def _command(options: argparse.Namespace) -> str:
@@ -159,38 +187,49 @@ def _configured(config: TrainingConfig, options: argparse.Namespace) -> Training
     given = {name: getattr(options, name) for name in _OWN_SETTINGS if getattr(options, name) is not None}
     if "data" in given:
         given["data"] = tuple(given["data"])
+    source = None if options.init_from is None else load_config(options.init_from)
+    if source is not None and source.recurrence is None and options.preset is None:
+        given.setdefault("schedule", "baseline")
     schedule = given.get("schedule", config.schedule)
     of_schedule = given_options(options, schedule)
     if schedule == config.schedule:
         of_schedule = {**config.schedule_options, **of_schedule}
     model = config.model
-    if options.init_from is not None:
-        source = load_config(options.init_from)
+    if source is not None:
         model = source if options.preset is None else replace(model, vocab_size=source.vocab_size)
     if not entry(schedule).is_recurrent:
         model = replace(model, recurrence=None)
     elif model.recurrence is None:
         model = replace(model, recurrence=RecurrenceConfig(source_layer=model.num_layers - 1))
-    if options.init_from is not None:
+    if source is not None:
         check_fits(options.init_from, source, model)
-    return replace(config, model=model, schedule_options=of_schedule, **given)
+    return replace(config, model=model, schedule_options=of_schedule, **_of_data(config, options), **given)
+
+
+def _of_data(config: TrainingConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """What follows from the kind of data: conversations are not cut, and change a trained model gently."""
+    if options.chat and (options.init_from is None or options.data is None):
+        raise ValueError("--chat goes on from a checkpoint with conversations: it needs --init-from and --data")
+    of_chat = {"optimizer": config.optimizer.scaled(CHAT_LR_SCALE), "prompt_cuts": 0.0}
+    return {"shards": options.shards, **(of_chat if options.chat else {})}
 
 
 def _resumed(options: argparse.Namespace) -> Trainer:
-    given = [name for name in ("init_from", *_SETTINGS) if getattr(options, name) is not None]
+    given = [name for name in ("init_from", "shards", *_SETTINGS) if getattr(options, name) is not None]
     if given:
         raise ValueError(f"--resume goes on with the run's own settings; --{given[0].replace('_', '-')} cannot be given")
-    corpus = _load(load_run_config(options.resume))
+    tokenizer = Tokenizer.from_directory(options.resume / TOKENIZER_FOLDER)
+    corpus = _load(load_run_config(options.resume), options.resume, tokenizer)
     trainer = Trainer.resume(options.resume, corpus, _device(options.device))
     if trainer.data_changed:
         print("lrt-train: warning: the data changed since this run was saved; it will not go on exactly", file=sys.stderr)
     return trainer
 
 
-def _load(config: TrainingConfig) -> Corpus:
-    corpus = load_corpus(config.data, config.validation_fraction, config.piece_characters)
-    if corpus.skipped:
-        print(f"lrt-train: skipped {len(corpus.skipped)} corrupt record(s), the first: {corpus.skipped[0]}", file=sys.stderr)
+def _load(config: TrainingConfig, run: Path, tokenizer: Tokenizer) -> ShardedCorpus:
+    corpus = open_corpus(config, run, tokenizer)
+    for remark in corpus.remarks():
+        print(f"lrt-train: {remark}", file=sys.stderr)
     return corpus
 
 

@@ -6,7 +6,8 @@ A run stores its TrainingConfig as `config.json`, so that resuming needs nothing
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from lrt_core.config import ModelConfig, RecurrenceConfig
@@ -51,6 +52,12 @@ class OptimizerConfig:
             value = getattr(self, one.name)
             _require(isinstance(value, (int, float)) and value >= 0, f"optimizer.{one.name} must be at least 0, got {value!r}")
         _require(self.clip_norm > 0, f"optimizer.clip_norm must be above 0, got {self.clip_norm}")
+
+    def scaled(self, factor: float) -> OptimizerConfig:
+        """The same with every learning rate times `factor`, which is above 0."""
+        _require(0 < factor < math.inf, f"learning rates must be scaled by more than 0, got {factor!r}")
+        rates = {one.name: getattr(self, one.name) * factor for one in fields(self) if one.name.endswith("_lr")}
+        return replace(self, **rates)
 
 
 @dataclass(frozen=True)
