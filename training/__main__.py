@@ -218,8 +218,8 @@ def _resumed(options: argparse.Namespace) -> Trainer:
     given = [name for name in ("init_from", "shards", *_SETTINGS) if getattr(options, name) is not None]
     if given:
         raise ValueError(f"--resume goes on with the run's own settings; --{given[0].replace('_', '-')} cannot be given")
-    tokenizer = Tokenizer.from_directory(options.resume / TOKENIZER_FOLDER)
-    corpus = _load(load_run_config(options.resume), options.resume, tokenizer)
+    config = load_run_config(options.resume)
+    corpus = _load(config, options.resume, Tokenizer.from_directory(options.resume / TOKENIZER_FOLDER))
     trainer = Trainer.resume(options.resume, corpus, _device(options.device))
     if trainer.data_changed:
         print("lrt-train: warning: the data changed since this run was saved; it will not go on exactly", file=sys.stderr)

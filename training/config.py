@@ -177,6 +177,7 @@ PRESETS = {
         tokenizer_bytes=500_000,
         num_steps=30,
         batch_size=4,
+        prompt_cuts=0.0,
         eval_every=15,
         eval_rows=4,
         save_every=15,

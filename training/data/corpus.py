@@ -87,5 +87,5 @@ def python_sources(roots: Sequence[Path] | None = None) -> list[Document]:
 
     Files that are data rather than code are left out, and so is what is not UTF-8.
     """
-    found = ((name, handwritten(path, name)) for name, path in python_files(roots=roots).items())
+    found = ((name, handwritten(path)) for name, path in python_files(roots=roots).items())
     return [Document(name, text) for name, text in found if text is not None]

@@ -96,7 +96,7 @@ class Sources:
     def _read(self, file: SourceFile, skip: Callable[[str], None], advance: Callable[[int], None]) -> Iterator[Document]:
         if file.is_code:
             advance(file.path.stat().st_size)
-            text = handwritten(file.path, file.name)
+            text = handwritten(file.path)
             if text is not None:
                 yield Document(file.name, text)
         elif file.path.name.endswith(TEXT_SUFFIXES):
