@@ -66,9 +66,13 @@ class Recipe:
     conversation_tokens: int | None = None
 
     def key(self) -> str:
-        """Changes with anything that the set depends on."""
+        """Changes with anything that the set depends on, though the files themselves are not read."""
+        return hashlib.sha256((self.settings() + self.sources.stamp()).encode()).hexdigest()
+
+    def settings(self) -> str:
+        """Changes with anything but the files."""
         tokenizer = self.tokenizer
-        parts: list[object] = [VERSION, self.sources.stamp(), self.validation_fraction, self.cut_share]
+        parts: list[object] = [VERSION, self.validation_fraction, self.cut_share]
         parts += [tokenizer.pattern, sorted(tokenizer.special_tokens.items()), tokenizer.bos_token, tokenizer.eos_tokens]
         parts += [[rank, token.hex()] for token, rank in tokenizer.ranks.items()]
         chat = self.conversation_tokens is not None
@@ -141,11 +145,11 @@ _NO_HASHES = np.empty((0, 2), np.uint64)
 
 def _finish(folder: Path, writer: _Writer, recipe: Recipe, key: str, entries: NDArray[Any], hashes: NDArray[np.uint64]) -> None:
     """Write the table of what is there, last."""
-    fingerprint = hashlib.sha256(hashes.tobytes() + entries["length"].tobytes() + entries["validates"].tobytes())
+    content = recipe.settings().encode() + hashes.tobytes() + entries["length"].tobytes() + entries["validates"].tobytes()
     meta = {
         "version": VERSION,
         "key": key,
-        "fingerprint": fingerprint.hexdigest(),
+        "fingerprint": hashlib.sha256(content).hexdigest(),
         "id_bytes": writer.dtype.itemsize,
         "conversations": recipe.conversation_tokens is not None,
         "shard_starts": writer.starts,

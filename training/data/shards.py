@@ -74,6 +74,9 @@ class ShardSet:
             if (found := (folder / name).stat().st_size) != size:
                 raise self._damaged(name, f"{found:,} bytes long instead of {size:,}")
         self._starts: list[int] = self.meta["shard_starts"]
+        for number, (start, end) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
+            if (end - start) * self.meta["id_bytes"] != self.meta["files"][shard_name(number)][0]:
+                raise self._damaged(META_FILE, f"{shard_name(number)} is of another size than it says")
         self._maps: dict[str, NDArray[Any]] = {}
         self.conversations: bool = self.meta["conversations"]
 
