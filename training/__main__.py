@@ -12,14 +12,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from lrt_core.checkpoint import load_config, load_tokenizer
 from lrt_core.tokenizer import Tokenizer
-from training.config import PRESETS, PYTHON_SOURCES, Precision, TrainingConfig
-from training.data import Corpus, load_corpus
+from training.config import PRESETS, PYTHON_LIBRARY, PYTHON_SOURCES, Precision, TrainingConfig
+from training.data import ShardedCorpus
+from training.data.documents import TEXT_SUFFIXES
+from training.data.opening import learn_tokenizer, open_corpus
+from training.data.records import RECORD_SUFFIXES
 from training.distributed import RankError, Ranks, is_launched, is_loss_of_rank, joined, local_device
 from training.finish import finish
 from training.initial import check_fits
@@ -28,7 +31,6 @@ from training.schedules.flags import add_schedule_flags, given_options, option_n
 from training.schedules.registry import entry
 from training.state import CHECKPOINT_FOLDER, Which
 from training.study.__main__ import main as study
-from training.tokenizer import train_tokenizer
 from training.trainer import (
     Trainer,
     check_is_new,
@@ -40,6 +42,8 @@ from training.trainer import (
 
 EXIT_INTERRUPTED = 130
 DEFAULT_PRESET = "small"
+CHAT_LR_SCALE = 0.1
+"""Of a fresh model's learning rates, for one that has learned already."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "--accumulate", type=int, metavar="N", help="compute a step's rows in N parts: less memory, same losses"
     )
     settings = parser.add_argument_group("settings of a new run, instead of the preset's")
-    settings.add_argument("--data", action="append", metavar="SOURCE", help=f"{PYTHON_SOURCES}, a file or a folder; repeatable")
+    _add_data_flags(settings)
     settings.add_argument("--init-from", type=Path, metavar="CHECKPOINT", help="start with its weights, plain or recurrent")
     add_schedule_flags(settings)
     add_recurrence_flags(settings)
@@ -111,10 +115,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_OWN_SETTINGS = ("data", "schedule", "num_steps", "time_budget", "batch_size", "seed", "precision", "compile", "recompute")
+def _add_data_flags(settings: argparse._ArgumentGroup) -> None:
+    add, kinds = settings.add_argument, ", ".join(TEXT_SUFFIXES + RECORD_SUFFIXES)
+    add(
+        "--data",
+        action="append",
+        metavar="SOURCE",
+        help=f"{PYTHON_SOURCES}, {PYTHON_LIBRARY}, a file or a folder of {kinds}; repeatable. "
+        "Records have their text in `text`, conversations in `messages`",
+    )
+    add(
+        "--chat",
+        action="store_true",
+        default=None,
+        help="with --init-from: the data are conversations, of which only what the assistant says is learned",
+    )
+    add("--shards", metavar="DIR", help="where tokenised data lie, to share them among runs (default: RUN/shards)")
+
+
+_OWN_SETTINGS = (
+    "data",
+    "chat",
+    "schedule",
+    "num_steps",
+    "time_budget",
+    "batch_size",
+    "seed",
+    "precision",
+    "compile",
+    "recompute",
+)
 _KEEPING = ("save_every", "keep_last", "keep_best", "eval_every", "log_every")
 """Settings that change nothing in what is trained."""
-_SETTINGS = (*_OWN_SETTINGS[:2], *option_names(), *RECURRENCE_SETTINGS, *_OWN_SETTINGS[2:])
+_SETTINGS = (*_OWN_SETTINGS[:3], *option_names(), *RECURRENCE_SETTINGS, *_OWN_SETTINGS[3:])
 """Every flag that fixes a run; those of the schedules' options follow the schedule's own."""
 
 
@@ -168,7 +201,8 @@ def _summary(trainer: Trainer) -> str:
     precision = "bfloat16" if uses_bfloat16(trainer.config.precision, trainer.device) else "float32"
     return (
         f"{trainer.run_folder}: {size:.1f}M parameters, schedule {trainer.config.schedule}, {precision} on {trainer.device}; "
-        f"{len(trainer.corpus.train):,} pieces to train on, {len(trainer.corpus.validation):,} documents to validate on"
+        f"{len(trainer.corpus.train):,} {'conversations' if trainer.config.chat else 'pieces'} to train on, "
+        f"{len(trainer.corpus.validation):,} {'conversations' if trainer.config.chat else 'documents'} to validate on"
     )
 
 
@@ -176,11 +210,12 @@ def _created(options: argparse.Namespace, device: torch.device, ranks: Ranks) ->
     run = options.run or Path("runs") / (options.preset or DEFAULT_PRESET)
     corpus = ranks.on_first(lambda: _begin(options, run))
     config = load_run_config(run)
+    tokenizer = load_run_tokenizer(run)
     return Trainer(
         config,
         run,
-        corpus or _load(config, quiet=True),
-        load_run_tokenizer(run),
+        corpus or _load(config, run, tokenizer, quiet=True),
+        tokenizer,
         device,
         ranks=ranks,
         sharded=options.fsdp,
@@ -188,21 +223,15 @@ def _created(options: argparse.Namespace, device: torch.device, ranks: Ranks) ->
     )
 
 
-def _begin(options: argparse.Namespace, run: Path) -> Corpus:
+def _begin(options: argparse.Namespace, run: Path) -> ShardedCorpus:
     """Read the corpus and lay down a new run's settings and tokenizer in its folder."""
     config = _configured(PRESETS[options.preset or DEFAULT_PRESET], options)
     check_is_new(run)
-    corpus = _load(config)
-    tokenizer = _tokenizer(config, corpus) if options.init_from is None else load_tokenizer(options.init_from)
+    tokenizer = learn_tokenizer(config) if options.init_from is None else load_tokenizer(options.init_from)
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+    corpus = _load(config, run, tokenizer)
     write_settings(config, run, tokenizer, _command(options))
     return corpus
-
-
-def _tokenizer(config: TrainingConfig, corpus: Corpus) -> Tokenizer:
-    order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    texts = (corpus.train[index].text for index in order)
-    return train_tokenizer(texts, config.model.vocab_size, config.tokenizer_bytes)
 
 
 def _command(options: argparse.Namespace) -> str:
@@ -239,30 +268,40 @@ def _configured(config: TrainingConfig, options: argparse.Namespace) -> Training
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if "data" in given:
         given["data"] = tuple(given["data"])
+    source = None if options.init_from is None else load_config(options.init_from)
+    if source is not None and source.recurrence is None and options.preset is None:
+        given.setdefault("schedule", "baseline")
     schedule = given.get("schedule", config.schedule)
     of_schedule = given_options(options, schedule)
     if schedule == config.schedule:
         of_schedule = {**config.schedule_options, **of_schedule}
     model = config.model
-    if options.init_from is not None:
-        source = load_config(options.init_from)
+    if source is not None:
         model = source if options.preset is None else replace(model, vocab_size=source.vocab_size)
     model = with_recurrence(model, options, schedule, entry(schedule).is_recurrent)
-    if options.init_from is not None:
+    if source is not None:
         check_fits(options.init_from, source, model)
-    return replace(config, model=model, schedule_options=of_schedule, **given)
+    return replace(config, model=model, schedule_options=of_schedule, **_of_data(config, options), **given)
+
+
+def _of_data(config: TrainingConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """What follows from the kind of data: conversations are not cut, and change a trained model gently."""
+    if options.chat and (options.init_from is None or options.data is None):
+        raise ValueError("--chat goes on from a checkpoint with conversations: it needs --init-from and --data")
+    of_chat = {"optimizer": config.optimizer.scaled(CHAT_LR_SCALE), "prompt_cuts": 0.0}
+    return {"shards": options.shards, **(of_chat if options.chat else {})}
 
 
 def _resumed(options: argparse.Namespace, device: torch.device, ranks: Ranks) -> Trainer:
-    given = [name for name in ("init_from", *_SETTINGS, *_KEEPING) if getattr(options, name) is not None]
+    given = [name for name in ("init_from", "shards", *_SETTINGS, *_KEEPING) if getattr(options, name) is not None]
     if given:
         raise ValueError(f"--resume goes on with the run's own settings; --{given[0].replace('_', '-')} cannot be given")
-    config = load_run_config(options.resume)
-    corpus = ranks.on_first(lambda: _load(config)) or _load(config, quiet=True)
+    config, tokenizer = load_run_config(options.resume), load_run_tokenizer(options.resume)
+    corpus = ranks.on_first(lambda: _load(config, options.resume, tokenizer))
     which: Which = options.which or "last"
     trainer = Trainer.resume(
         options.resume,
-        corpus,
+        corpus or _load(config, options.resume, tokenizer, quiet=True),
         device,
         ranks=ranks,
         sharded=options.fsdp,
@@ -280,10 +319,11 @@ def _resumed(options: argparse.Namespace, device: torch.device, ranks: Ranks) ->
     return trainer
 
 
-def _load(config: TrainingConfig, quiet: bool = False) -> Corpus:
-    corpus = load_corpus(config.data, config.validation_fraction, config.piece_characters)
-    if corpus.skipped and not quiet:
-        print(f"lrt-train: skipped {len(corpus.skipped)} corrupt record(s), the first: {corpus.skipped[0]}", file=sys.stderr)
+def _load(config: TrainingConfig, run: Path, tokenizer: Tokenizer, quiet: bool = False) -> ShardedCorpus:
+    """The corpus in shards; the first rank makes them where they lack, the others find them made and are quiet."""
+    corpus = open_corpus(config, run, tokenizer)
+    for remark in () if quiet else corpus.remarks():
+        print(f"lrt-train: {remark}", file=sys.stderr)
     return corpus
 
 

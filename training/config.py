@@ -6,7 +6,8 @@ A run stores its TrainingConfig as `config.json`, so that resuming needs nothing
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from lrt_core.config import ModelConfig, RecurrenceConfig
@@ -17,6 +18,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 PYTHON_SOURCES = "python-sources"
 """The corpus that every machine with this program has: the running interpreter's own Python files."""
+PYTHON_LIBRARY = "python-library"
+"""Of these, the standard library alone."""
 
 
 class TrainingConfigError(ValueError):
@@ -50,6 +53,12 @@ class OptimizerConfig:
             _require(isinstance(value, (int, float)) and value >= 0, f"optimizer.{one.name} must be at least 0, got {value!r}")
         _require(self.clip_norm > 0, f"optimizer.clip_norm must be above 0, got {self.clip_norm}")
 
+    def scaled(self, factor: float) -> OptimizerConfig:
+        """The same with every learning rate times `factor`, which is above 0."""
+        _require(0 < factor < math.inf, f"learning rates must be scaled by more than 0, got {factor!r}")
+        rates = {one.name: getattr(self, one.name) * factor for one in fields(self) if one.name.endswith("_lr")}
+        return replace(self, **rates)
+
 
 _COUNTS = ("batch_size", "num_steps", "eval_every", "eval_rows", "save_every", "keep_last", "accumulate", "log_every")
 
@@ -60,10 +69,12 @@ class TrainingConfig:
 
     model: its vocab_size is the tokenizer's target; a corpus too small for it gives a smaller vocabulary.
     schedule, schedule_options: see `training/schedules`; an option that is not given has its default.
-    data: `python-sources` or paths of files and folders.
+    data: `python-sources`, `python-library` or paths of files and folders.
     num_steps: optimizer steps; time_budget: seconds after which the run is over even with steps left, None for no limit. The
     learning rate follows whichever of the two is nearer its end: it rises over the first `warmup` of the run, stays, and
     falls to zero over the last `warmdown`.
+    chat: data are conversations, of which the model learns what the assistant says; needs prompt_cuts of 0.
+    shards: the folder of tokenised data, to share it among runs; None for one in the run's folder.
     prompt_cuts: during the warmdown, the share of likely prompt ends at which text is cut (`packing.encode_with_cuts`).
     compile: torch.compile of what a layer does beside attention. recompute: activation checkpointing: less memory, more time.
     batch_size: rows of `model.sequence_len` tokens per step; accumulate: in so many parts, one after the other, on each rank.
@@ -74,6 +85,8 @@ class TrainingConfig:
     schedule: str = "interleaved"
     schedule_options: dict[str, Any] = field(default_factory=dict)
     data: tuple[str, ...] = (PYTHON_SOURCES,)
+    chat: bool = False
+    shards: str | None = None
     validation_fraction: float = 0.02
     tokenizer_bytes: int = 50_000_000
     num_steps: int = 1000
@@ -106,12 +119,13 @@ class TrainingConfig:
             self.batch_size % self.accumulate == 0,
             f"accumulate: a batch of {self.batch_size} rows cannot be cut into {self.accumulate} equal parts",
         )
-        for name in ("compile", "recompute", "keep_best"):
+        for name in ("chat", "compile", "recompute", "keep_best"):
             _require(type(getattr(self, name)) is bool, f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("warmup", "warmdown", "prompt_cuts"):
             _require(0 <= getattr(self, name) <= 1, f"{name} is a fraction, got {getattr(self, name)!r}")
         _require(0 < self.validation_fraction < 1, f"validation_fraction must lie in 0..1, got {self.validation_fraction!r}")
         _require(self.time_budget is None or self.time_budget > 0, f"time_budget must be above 0, got {self.time_budget!r}")
+        _require(not (self.chat and self.prompt_cuts), f"prompt_cuts must be 0 for conversations, got {self.prompt_cuts!r}")
         _require(bool(self.data), "data must name at least one corpus, file or folder")
         self._check_schedule()
 
@@ -170,9 +184,11 @@ PRESETS = {
             gate_channels=16,
             recurrence=RecurrenceConfig(source_layer=1),
         ),
+        data=(PYTHON_LIBRARY,),
         tokenizer_bytes=500_000,
         num_steps=30,
         batch_size=4,
+        prompt_cuts=0.0,
         eval_every=15,
         eval_rows=4,
         save_every=15,

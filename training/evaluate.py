@@ -18,8 +18,9 @@ from torch import Tensor
 
 from lrt_core.kv import DenseKV
 from lrt_core.model import LatentRecurrentTransformer
+from training.packing import split_rows
 from training.schedules import Schedule
-from training.schedules.losses import PassLosses
+from training.schedules.losses import IGNORE, PassLosses
 
 
 class ParallelBpb(NamedTuple):
@@ -31,7 +32,10 @@ class ParallelBpb(NamedTuple):
 
 
 def bits_per_byte(token_losses: Tensor, targets: Tensor, byte_lengths: Tensor) -> float:
-    """BPB of losses in nats and targets of one shape; byte_lengths [V], 0 for special tokens. ValueError without a byte."""
+    """BPB of losses in nats and targets of one shape; byte_lengths [V], 0 for special tokens. ValueError without a byte.
+
+    Where the target is IGNORE there is neither loss nor byte.
+    """
     nats, total = (float(part) for part in text_sums(token_losses, targets, byte_lengths))
     if total == 0:
         raise ValueError("the targets hold no text, only special tokens")
@@ -40,7 +44,7 @@ def bits_per_byte(token_losses: Tensor, targets: Tensor, byte_lengths: Tensor) -
 
 def text_sums(token_losses: Tensor, targets: Tensor, byte_lengths: Tensor) -> tuple[Tensor, Tensor]:
     """What bits per byte divide, as sums over the targets that are text: losses in nats, and bytes; each float64 []."""
-    num_bytes = byte_lengths[targets]
+    num_bytes = byte_lengths[targets.clamp(min=0)].masked_fill(targets == IGNORE, 0)
     return token_losses.double()[num_bytes > 0].sum(), num_bytes.sum().double()
 
 
@@ -56,9 +60,9 @@ def merge(passes: list[PassLosses]) -> Tensor:
 def parallel_bpb(
     model: LatentRecurrentTransformer, schedule: Schedule, rows: Tensor, byte_lengths: Tensor, batch_size: int = 8
 ) -> ParallelBpb:
-    """BPB of rows [R, T + 1] by the forwards that the schedule makes."""
+    """BPB of rows [R, T + 1], as `split_rows` takes them, by the forwards that the schedule makes."""
     collected = [schedule(model, tokens, targets).passes for tokens, targets in _batches(rows, batch_size)]
-    targets = rows[:, 1:]
+    _, targets = split_rows(rows)
     passes = []
     for index in range(len(collected[0])):
         positions = collected[0][index].positions
@@ -72,7 +76,7 @@ def parallel_bpb(
 def sequential_bpb(model: LatentRecurrentTransformer, rows: Tensor, byte_lengths: Tensor, batch_size: int = 64) -> float:
     """BPB of rows [R, T + 1] decoded token by token, each token's memory the latent of the one before it."""
     losses = [_decode_losses(model, tokens, targets) for tokens, targets in _batches(rows, batch_size)]
-    return bits_per_byte(torch.cat(losses), rows[:, 1:], byte_lengths)
+    return bits_per_byte(torch.cat(losses), split_rows(rows)[1], byte_lengths)
 
 
 def _decode_losses(model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -86,10 +90,10 @@ def _decode_losses(model: LatentRecurrentTransformer, tokens: Tensor, targets: T
         hidden, latents = model(tokens[:, step : step + 1], positions[step : step + 1], memory, cache)
         cache.advance(1)
         memory = None if memory is None else latents
-        losses.append(F.cross_entropy(model.logits(hidden)[:, 0], targets[:, step], reduction="none"))
+        losses.append(F.cross_entropy(model.logits(hidden)[:, 0], targets[:, step], reduction="none", ignore_index=IGNORE))
     return torch.stack(losses, dim=1)
 
 
 def _batches(rows: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(rows), batch_size):
-        yield rows[start : start + batch_size, :-1], rows[start : start + batch_size, 1:]
+        yield split_rows(rows[start : start + batch_size])

@@ -14,12 +14,14 @@ from lrt_core.checkpoint import save_checkpoint
 from lrt_core.files import read_text
 from training.evaluate import ParallelBpb, parallel_bpb, sequential_bpb
 from training.model_card import model_card
+from training.packing import split_rows
+from training.schedules.losses import IGNORE
 from training.state import COMMAND_FILE
 from training.trainer import Trainer
 
 
 class Results(NamedTuple):
-    """BPB of the rounded weights in float32 arithmetic on `num_tokens` validation tokens."""
+    """BPB of the rounded weights in float32 arithmetic on `num_tokens` validation tokens that are targets."""
 
     parallel: ParallelBpb
     sequential: float
@@ -36,7 +38,7 @@ def finish(trainer: Trainer, directory: Path, dtype: torch.dtype = torch.bfloat1
     results = Results(
         parallel_bpb(trainer.model, trainer.schedule, trainer.eval_rows, trainer.byte_lengths),
         sequential_bpb(trainer.model, trainer.eval_rows, trainer.byte_lengths),
-        trainer.eval_rows[:, 1:].numel(),
+        int((split_rows(trainer.eval_rows)[1] != IGNORE).sum()),
     )
     command = read_text(trainer.run_folder / COMMAND_FILE).strip()
     card = model_card(trainer, results.parallel, results.sequential, results.num_tokens, command)

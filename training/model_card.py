@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from training.config import PYTHON_SOURCES, TrainingConfig
+from training.config import PYTHON_LIBRARY, PYTHON_SOURCES, TrainingConfig
 from training.evaluate import ParallelBpb
 from training.schedules.registry import entry
 from training.trainer import Trainer
 
-_PYTHON_NOTE = f"""\
-The corpus `{PYTHON_SOURCES}` is the Python standard library and the installed packages of the machine that trained the model,
+_PYTHON_NOTE = """\
+The corpus `{}` is {} of the machine that trained the model,
 without tests, generated files and tables, split into training and validation by a hash of each file's path. The model writes
 Python, much of it in the manner of those packages; it knows nothing else and was not trained to chat. The files keep the
 licences of their packages; none of them is part of this checkpoint."""
+_PYTHON_NOTES = {
+    (name,): _PYTHON_NOTE.format(name, what)
+    for name, what in (
+        (PYTHON_SOURCES, "the Python standard library and the installed packages"),
+        (PYTHON_LIBRARY, "the Python standard library"),
+    )
+}
 
 
 def model_card(trainer: Trainer, parallel: ParallelBpb, sequential: float, num_tokens: int, command: str) -> str:
     """Markdown. parallel, sequential: bits per byte on `num_tokens` validation tokens; command: what trained the model."""
     config = trainer.config
     per_pass = ", ".join(f"{value:.4f}" for value in parallel.passes)
-    num_bytes = sum(len(document.text) for document in trainer.corpus.train)
     sections = [
         f"# Latent Recurrent Transformer, {_size(trainer)} parameters\n\n{_architecture(config)}",
-        f"## Data\n\n{_data(config, len(trainer.corpus.train), num_bytes)}",
+        f"## Data\n\n{_data(config, len(trainer.corpus.train), trainer.corpus.num_characters)}",
         "## Training\n\n"
         f"    {command}\n\n"
         f"Seed {config.seed}; {trainer.num_steps_done} steps of {config.batch_size} x {config.model.sequence_len} tokens, "
@@ -53,8 +59,11 @@ def _architecture(config: TrainingConfig) -> str:
 
 def _data(config: TrainingConfig, num_documents: int, num_characters: int) -> str:
     sources = ", ".join(f"`{source}`" for source in config.data)
-    summary = f"{sources}: {num_documents:,} training pieces, {num_characters / 1e6:.1f} million characters."
-    return f"{summary}\n\n{_PYTHON_NOTE}" if config.data == (PYTHON_SOURCES,) else summary
+    kind = "conversations" if config.chat else "training pieces"
+    summary = f"{sources}: {num_documents:,} {kind}, {num_characters / 1e6:.1f} million characters."
+    if config.chat:
+        return f"{summary} The model learned what the assistant says in them; the figures below are of that alone."
+    return f"{summary}\n\n{_PYTHON_NOTES[config.data]}" if config.data in _PYTHON_NOTES else summary
 
 
 def _schedule(config: TrainingConfig) -> str:

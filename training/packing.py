@@ -3,24 +3,30 @@
 A batch has one lane per row. A lane reads one document after the other as a stream of tokens with bos before each document,
 and documents are dealt to the lanes as these run dry, in an order drawn from seed and epoch; so the rows of a batch come
 from different documents. A row is bos and the next tokens of its lane's stream: every row opens as a prompt does, and every
-token of the stream is a target once. Neighbours: `data.py` supplies documents, `trainer.py` stores the position.
+token of the stream is a target once. Conversations stay whole: one that does not fit into the rest of a row opens the lane's
+next, and the rest is filled with bos, which is no target. Neighbours: `training/data` supplies documents, `trainer.py` stores
+the position.
 
 Shapes: B batch, T tokens of a row.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lrt_core.tokenizer import Tokenizer
-from training.data import Document
+from training.data.documents import Document
+from training.data.encode import Ids, encode_with_cuts
+from training.data.tokens import TokenSource, tokens_of
+from training.schedules.losses import IGNORE
+
+__all__ = ["Lane", "Packer", "Position", "encode_with_cuts", "evaluation_rows", "split_rows"]
 
 
 @dataclass
@@ -53,47 +59,56 @@ class Position:
 class Packer:
     """An endless source of batches from `documents`; `position` says where it stands and may be set to resume.
 
-    Text is tokenised when it is reached, so that a run starts at once and holds no tokens but the lanes' documents.
+    Every process of a distributed run has a packer of the same position for the batch of all, and takes its rows of it.
     `cut_share`, which may change at any time, holds for documents dealt from then on: see `encode_with_cuts`.
     """
 
     def __init__(
-        self, documents: Sequence[Document], tokenizer: Tokenizer, sequence_len: int, batch_size: int, seed: int
+        self,
+        documents: Sequence[Document] | TokenSource,
+        tokenizer: Tokenizer,
+        sequence_len: int,
+        batch_size: int,
+        seed: int,
     ) -> None:
-        if not documents:
+        if not len(documents):
             raise ValueError("there is no document to pack")
-        assert tokenizer.bos_id is not None
-        self.documents, self.tokenizer, self.bos_id = documents, tokenizer, tokenizer.bos_id
+        self.documents, self.bos_id = tokens_of(documents, tokenizer, 64 + 4 * batch_size), _bos(tokenizer)
         self.sequence_len, self.batch_size, self.seed = sequence_len, batch_size, seed
         self.position, self.cut_share = Position(), 0.0
-        self._order: tuple[int, list[int]] = (-1, [])
-        self._tokens: dict[tuple[int, float], list[int]] = {}
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def batch(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The next tokens and targets, integers [B, T] on the CPU; targets[:, t] follows tokens[:, t].
+        """The next tokens and targets, integers [B, T] on the CPU; targets[:, t] follows tokens[:, t], or is IGNORE.
 
-        rows: only these are returned; the position advances for all.
+        rows: which of the batch to return; the position advances over all, whatever is returned, and the others are not read.
         """
         lanes = self.position.lanes
         lanes += [self._deal() for _ in range(self.batch_size - len(lanes))]
-        taken = torch.tensor([self._row(index) for index in range(self.batch_size)][rows])
-        held = {(lane.document, lane.cut_share) for lane in lanes}
-        self._tokens = {key: tokens for key, tokens in self._tokens.items() if key in held}
-        return taken[:, :-1], taken[:, 1:]
+        wanted = range(self.batch_size)[rows]
+        made = {index: self._row(index, index in wanted) for index in range(self.batch_size)}
+        return split_rows(torch.from_numpy(np.stack([made[index] for index in wanted])))
 
-    def _row(self, index: int) -> list[int]:
+    def _row(self, index: int, is_wanted: bool) -> Ids:
         """The next T + 1 ids of a lane: bos and T of its stream, whose own bos is left out at the start of a row."""
-        row = [self.bos_id]
-        while len(row) <= self.sequence_len:
+        whole = self.documents.keeps_whole
+        parts: list[Ids] = [] if whole else [np.array([self.bos_id])]
+        length, size = len(parts), self.sequence_len + 1
+        while length < size:
             lane = self.position.lanes[index]
-            tokens = self._tokenized(lane)
-            start = max(lane.offset, int(len(row) == 1))
-            end = min(start + self.sequence_len + 1 - len(row), len(tokens))
-            row += tokens[start:end]
+            num_tokens = self.documents.num_tokens(lane.document, lane.cut_share)
+            if whole and length > 0 and length + num_tokens > size:
+                parts.append(np.full(size - length, ~self.bos_id))
+                break
+            start = max(lane.offset, int(length == 1 and not whole))
+            end = min(start + size - length, num_tokens)
+            if is_wanted:
+                parts.append(self.documents.ids(lane.document, lane.cut_share)[start:end])
+            length += end - start
             lane.offset = end
-            if end == len(tokens):
+            if end == num_tokens:
                 self.position.lanes[index] = self._deal()
-        return row
+        return np.concatenate(parts) if is_wanted else np.empty(0, np.int64)
 
     def _deal(self) -> Lane:
         """The next document of the epoch's order, for a lane to read from its start."""
@@ -102,63 +117,68 @@ class Packer:
             position.epoch, position.num_dealt = position.epoch + 1, 0
         if self._order[0] != position.epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position.epoch)
-            self._order = (position.epoch, torch.randperm(len(self.documents), generator=generator).tolist())
+            self._order = (position.epoch, torch.randperm(len(self.documents), generator=generator))
         position.num_dealt += 1
-        return Lane(self._order[1][position.num_dealt - 1], cut_share=self.cut_share)
-
-    def _tokenized(self, lane: Lane) -> list[int]:
-        key = (lane.document, lane.cut_share)
-        if key not in self._tokens:
-            text, rng = self.documents[lane.document].text, Random(f"{self.seed} {lane.document}")
-            self._tokens[key] = encode_with_cuts(self.tokenizer, text, lane.cut_share, rng)
-        return self._tokens[key]
+        return Lane(int(self._order[1][position.num_dealt - 1]), cut_share=self.cut_share)
 
 
-_PROMPT_END = re.compile(r"(?<= )(?=\S)|(?<=\S)(?=\n)")
-"""After a space, before a word; and at the end of a line."""
+def _bos(tokenizer: Tokenizer) -> int:
+    if tokenizer.bos_id is None:
+        raise ValueError("the tokenizer has no bos token, with which training opens every row")
+    return tokenizer.bos_id
 
 
-def encode_with_cuts(tokenizer: Tokenizer, text: str, share: float, rng: Random) -> list[int]:
-    """bos and the ids of the text, cut at `share` of the places where prompts like to end, each part encoded by itself.
+def split_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and targets [R, T] of rows [R, T + 1], whose ids are complemented where they are no targets: IGNORE, then."""
+    return torch.where(rows < 0, ~rows, rows)[:, :-1], rows[:, 1:].masked_fill(rows[:, 1:] < 0, IGNORE)
 
-    Tokens hold the space before a word and the line break after punctuation, so uncut text never shows a lone space with a
-    word to come, nor `):` with a line break to come; but prompts end just there, and would go on as `import 2` or `f(n): 1`.
+
+def evaluation_rows(
+    documents: Sequence[Document] | TokenSource, tokenizer: Tokenizer, sequence_len: int, num_rows: int
+) -> Tensor:
+    """At most num_rows rows [R, T + 1] for `split_rows`, spread over the documents and over the places within them.
+
+    Each document in turn gives one row, the first document its first, the second its second, and so on around. Where no
+    document fills a row they are read one after the other; a conversation always has a row of its own. ValueError when there
+    is not one full row.
     """
-    places = [found.start() for found in _PROMPT_END.finditer(text) if rng.random() < share] if share > 0 else []
-    ids = tokenizer.encode("", add_bos=True)
-    for start, end in zip([0, *places], [*places, len(text)], strict=True):
-        ids += tokenizer.encode(text[start:end], add_bos=False)
-    return ids
+    source, bos = tokens_of(documents, tokenizer, 1), _bos(tokenizer)
+    chosen = _spread(len(source), num_rows if source.keeps_whole else 2 * num_rows)
+    found = [source.ids(index, 0.0) for index in chosen]
+    rows: list[Ids] = []
+    if source.keeps_whole:
+        rows = [np.append(ids, np.full(sequence_len + 1 - len(ids), ~bos)) for ids in found]
+    elif found:
+        rows = _in_turn([_full_rows(ids[1:], bos, sequence_len) for ids in found])
+        rows = rows or _full_rows(
+            _stream(source, sum(map(len, found)) / len(found), num_rows * sequence_len), bos, sequence_len
+        )
+    if not rows:
+        raise ValueError(f"the validation documents do not fill a row of {sequence_len} tokens; give longer or more documents")
+    return torch.from_numpy(np.stack(rows[:num_rows]))
 
 
-def evaluation_rows(documents: Sequence[Document], tokenizer: Tokenizer, sequence_len: int, num_rows: int) -> Tensor:
-    """At most num_rows rows [R, T + 1], spread over the documents and over the places within them.
-
-    Each document in turn gives one row, the first document its first, the second its second, and so on around. ValueError
-    when there is not one full row.
-    """
-    assert tokenizer.bos_id is not None
-    cut = [
-        _full_rows(tokenizer.encode(document.text, add_bos=False), tokenizer.bos_id, sequence_len)
-        for document in _spread(documents, 2 * num_rows)
-    ]
-    rows = [
+def _in_turn(cut: list[list[Ids]]) -> list[Ids]:
+    return [
         rows[(index + visit) % len(rows)]
         for visit in range(max(map(len, cut), default=0))
         for index, rows in enumerate(cut)
         if visit < len(rows)
     ]
-    if not rows:
-        raise ValueError(f"no validation document has a full row of {sequence_len} tokens; give longer or more documents")
-    return torch.tensor(rows[:num_rows])
 
 
-def _full_rows(tokens: list[int], bos_id: int, sequence_len: int) -> list[list[int]]:
-    starts = range(0, len(tokens) - sequence_len + 1, sequence_len)
-    return [[bos_id, *tokens[start : start + sequence_len]] for start in starts]
+def _stream(source: TokenSource, mean: float, num_tokens: int) -> Ids:
+    """About `num_tokens` ids, where there are so many, of documents that have `mean` on average; without the first's bos."""
+    chosen = _spread(len(source), int(num_tokens / mean) + 2)
+    return np.concatenate([source.ids(index, 0.0) for index in chosen])[1:]
 
 
-def _spread(documents: Sequence[Document], count: int) -> list[Document]:
-    """At most `count` documents at even distances."""
-    count = min(len(documents), count)
-    return [documents[index * len(documents) // count] for index in range(count)]
+def _full_rows(ids: Ids, bos_id: int, sequence_len: int) -> list[Ids]:
+    starts = range(0, len(ids) - sequence_len + 1, sequence_len)
+    return [np.concatenate([[bos_id], ids[start : start + sequence_len]]) for start in starts]
+
+
+def _spread(num_documents: int, count: int) -> list[int]:
+    """At most `count` indices at even distances."""
+    count = min(num_documents, count)
+    return [index * num_documents // count for index in range(count)]

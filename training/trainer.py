@@ -23,7 +23,7 @@ from lrt_core.hardware import has_fast_bf16
 from lrt_core.model import LatentRecurrentTransformer, Layer
 from lrt_core.tokenizer import Tokenizer
 from training.config import Precision, TrainingConfig
-from training.data import Corpus
+from training.data import Corpus, ShardedCorpus
 from training.distributed import ALONE, Ranks, Silent, clip_gradients
 from training.evaluate import merge, parallel_bpb, text_sums
 from training.initial import initialize
@@ -68,7 +68,7 @@ class Trainer:
         self,
         config: TrainingConfig,
         run: Path,
-        corpus: Corpus,
+        corpus: Corpus | ShardedCorpus,
         tokenizer: Tokenizer,
         device: torch.device | None = None,
         *,
@@ -108,7 +108,7 @@ class Trainer:
         cls,
         config: TrainingConfig,
         run: Path,
-        corpus: Corpus,
+        corpus: Corpus | ShardedCorpus,
         tokenizer: Tokenizer,
         command: str,
         device: torch.device | None = None,
@@ -121,7 +121,7 @@ class Trainer:
     def resume(
         cls,
         run: Path,
-        corpus: Corpus,
+        corpus: Corpus | ShardedCorpus,
         device: torch.device | None = None,
         *,
         ranks: Ranks = ALONE,
@@ -259,6 +259,7 @@ class Trainer:
                 "start",
                 step=self.num_steps_done,
                 data_changed=self.data_changed,
+                skipped=self.corpus.num_skipped,
                 ranks=self.ranks.size,
                 damaged_states=self.damaged_states,
             )

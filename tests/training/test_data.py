@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
 import pytest
+import zstandard
+from pyarrow import parquet
 
-from training.data import Corpus, DataError, Document, _pieces, load_corpus, python_sources
+from training.data import Corpus, DataError, Document, load_corpus, python_sources, records
+from training.data.documents import Sources, pieces
 
 CODE = "def add(first, second):\n    '''The sum of two numbers.'''\n    return first + second\n\n\n" * 5
 
@@ -86,20 +92,84 @@ def test_one_document_is_too_few(tmp_path: Path) -> None:
 
 def test_long_text_is_cut_at_blank_lines() -> None:
     paragraphs = [f"{index} " * 1000 for index in range(30)]
-    pieces = list(_pieces("\n\n".join(paragraphs), 16_384))
-    assert len(pieces) > 2
-    assert "\n\n".join(pieces).split("\n\n") == paragraphs
+    found = list(pieces(["\n\n".join(paragraphs)], 16_384))
+    assert len(found) > 2
+    assert "\n\n".join(found).split("\n\n") == paragraphs
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".jsonl": bytes,
+    ".jsonl.gz": lambda data: gzip.compress(data, mtime=0),
+    ".jsonl.zst": zstandard.compress,
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
 def test_records(tmp_path: Path, suffix: str) -> None:
+    """A file may be made of several compressed ones, one after the other."""
     lines = [json.dumps({"text": f"record {index}", "source": "test"}) for index in range(20)]
-    data = "\n".join([*lines[:10], "", *lines[10:]]).encode()
     path = tmp_path / f"data{suffix}"
-    path.write_bytes(gzip.compress(data, mtime=0) if suffix.endswith("gz") else data)
+    path.write_bytes(b"".join(COMPRESS[suffix]("\n".join([*part, "", ""]).encode()) for part in (lines[:10], lines[10:])))
     corpus = load_corpus([str(path)], 0.3, 4096)
     assert {document.text for document in corpus.train + corpus.validation} == {f"record {index}" for index in range(20)}
     assert corpus.skipped == []
+
+
+def test_parquet(tmp_path: Path) -> None:
+    """Rows in several groups, one without text, beside a column that is not read."""
+    texts = [*(f"record {index}" for index in range(20)), None]
+    table = pyarrow.table({"id": list(range(21)), "text": texts})
+    parquet.write_table(table, tmp_path / "data.parquet", row_group_size=6)
+    corpus = load_corpus([str(tmp_path)], 0.3, 4096)
+    assert {document.text for document in corpus.train + corpus.validation} == set(texts[:20])
+    assert names(corpus.train + corpus.validation) == {f"data.parquet#{number}" for number in range(1, 21)}
+    assert corpus.skipped == [f"{tmp_path / 'data.parquet'}: row 21: not an object with a non-empty string `text`"]
+    parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "data.parquet")
+    with pytest.raises(DataError, match=r"data\.parquet: has no column `text`, only body"):
+        load_corpus([str(tmp_path)], 0.3, 4096)
+
+
+@pytest.mark.parametrize(("name", "package"), [("data.jsonl.zst", "zstandard"), ("data.parquet", "pyarrow")])
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str) -> None:
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(records, "import_module", missing)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=rf"{name}: needs the package {package}: pip install 'lrt-server\[data\]'"):
+        load_corpus([str(tmp_path)], 0.3, 4096)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_large_file_is_never_whole_in_memory(tmp_path: Path, suffix: str) -> None:
+    data = b"".join(b'{"text": "%07d %s"}\n' % (index, b"word " * 200) for index in range(20_000))
+    (tmp_path / f"data{suffix}").write_bytes(COMPRESS[suffix](data))
+    documents = Sources.find([str(tmp_path)]).documents(pytest.fail)
+    next(documents)
+    tracemalloc.start()
+    assert sum(1 for _ in documents) == 19_999
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(data) / 4
+
+
+def test_lines_that_are_too_long_are_corrupt_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 5)
+    lines = [b"12345", b"", b"123456", b"1", b"1234567890", b"12"]
+    for size in (1, 2, 3, 7, 100):
+        data = b"\n".join(lines)
+        blocks = (data[start : start + size] for start in range(0, len(data), size))
+        assert list(records.numbered_lines(blocks)) == [(1, b"12345"), (2, b""), (3, None), (4, b"1"), (5, None), (6, b"12")]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_pieces_do_not_depend_on_how_a_text_comes(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a\n\n\nbc\n\n\n\nd\ne\n\n" * 9
+    blocks = [text[start : start + size] for start in range(0, len(text), size)]
+    assert list(pieces(blocks, 12)) == list(pieces([text], 12))
+    monkeypatch.setattr("training.data.documents.MAX_PARAGRAPH_CHARACTERS", 8)
+    found = list(pieces([("x" * 5 + "\n") * 3 + "y" * 20], 1))
+    assert found == ["xxxxx\n"] * 3 + ["y" * 8, "y" * 8, "yyyy"]
 
 
 def test_corrupt_records_are_skipped_and_named(tmp_path: Path) -> None:
@@ -137,7 +207,10 @@ def test_a_file_without_any_record_is_an_error(tmp_path: Path) -> None:
         ("data.jsonl.gz", b"not gzip", "cannot be read"),
         ("data.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:-12], "cannot be read"),
         ("data.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 40, "cannot be read"),
-        ("data.parquet", b"PAR1", "unknown kind of file"),
+        ("data.jsonl.zst", b"not zstd", "cannot be read"),
+        ("data.jsonl.zst", zstandard.compress(b'{"text": "x"}\n' * 1000)[:-2], "cannot be read: .*too early"),
+        ("data.parquet", b"PAR1", "cannot be read"),
+        ("data.csv", b"text", "unknown kind of file"),
     ],
 )
 def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

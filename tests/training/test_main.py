@@ -33,7 +33,9 @@ def test_tiny_preset_makes_a_loadable_checkpoint(data: Path, tmp_path: Path, cap
 def test_python_sources(tmp_path: Path) -> None:
     """The corpus that is everywhere, read from the interpreter that runs this test."""
     assert main(["--preset", "tiny", "--steps", "3", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
-    assert "The model writes\nPython" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`python-library` is the Python standard library of the machine" in card
+    assert "The model writes\nPython" in card
 
 
 def test_baseline_switches_the_recurrence_off(data: Path, tmp_path: Path) -> None:

@@ -131,5 +131,12 @@ def test_evaluation_rows_spread_over_documents_and_places() -> None:
 def test_evaluation_rows_take_what_there_is() -> None:
     documents = make_documents([3, 9])
     assert evaluation_rows(documents, TOKENIZER, 4, 64).shape == (2, 5)
-    with pytest.raises(ValueError, match="no validation document has a full row of 10 tokens"):
-        evaluation_rows(documents, TOKENIZER, 10, 64)
+    with pytest.raises(ValueError, match="the validation documents do not fill a row of 14 tokens"):
+        evaluation_rows(documents, TOKENIZER, 14, 64)
+
+
+def test_evaluation_rows_of_documents_shorter_than_a_row() -> None:
+    """They follow each other with bos between, as training reads them."""
+    (row,) = evaluation_rows(make_documents([3, 9]), TOKENIZER, 13, 64).tolist()
+    assert row == [BOS, *b"!!!", BOS, *b'"' * 9]
+    assert evaluation_rows(make_documents([3] * 60), TOKENIZER, 20, 4).shape == (4, 21)

@@ -14,13 +14,12 @@ from lrt_core.files import read_json
 from lrt_core.tokenizer import Tokenizer
 from training.command import positive, status_of
 from training.config import PYTHON_SOURCES
-from training.data import Corpus, load_corpus
+from training.data.opening import learn_tokenizer, open_corpus
 from training.state import TOKENIZER_FOLDER
 from training.study import report
 from training.study.cells import Surroundings
 from training.study.plan import PLANS, Plan, StudyError, chosen
 from training.study.runner import TIMING_FILE, Runner, claim, read_results
-from training.tokenizer import train_tokenizer
 
 COMMAND = "lrt-train study"
 
@@ -36,7 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--plan", choices=sorted(PLANS), default="million", help="the runs (default: %(default)s)")
     add("--out", type=Path, metavar="DIR", help="its folder; a study that lies there goes on (default: runs/study-PLAN)")
-    add("--data", action="append", metavar="SOURCE", help=f"{PYTHON_SOURCES} (default), a file or a folder; repeatable")
+    add("--data", action="append", metavar="SOURCE", help=f"as lrt-train takes (default: {PYTHON_SOURCES}); repeatable")
+    add("--shards", metavar="DIR", help="where tokenised data lie, to share them among studies (default: in DIR)")
     add("--variants", nargs="+", metavar="NAME", help="these alone")
     add("--budgets", nargs="+", type=float, metavar="X", help="tokens per parameter, in place of the plan's")
     add("--seeds", type=positive, metavar="N", help="so many seeds of every run")
@@ -54,6 +54,7 @@ def _study(args: argparse.Namespace) -> None:
     plan = chosen(PLANS[args.plan](), args.variants, args.budgets, args.seeds)
     if args.data is not None:
         plan = replace(plan, base=replace(plan.base, data=tuple(args.data)))
+    plan = replace(plan, base=replace(plan.base, shards=args.shards))
     folder: Path = args.out or Path("runs") / f"study-{args.plan}"
     if args.list:
         return _list(plan)
@@ -62,10 +63,13 @@ def _study(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise StudyError(f"--device {args.device}: no CUDA device can be used here")
-    corpus = load_corpus(plan.base.data, plan.base.validation_fraction, plan.base.piece_characters)
+    tokenizer = _tokenizer(folder, plan)
+    corpus = open_corpus(plan.base, folder, tokenizer)
+    for remark in corpus.remarks():
+        print(f"{COMMAND}: {remark}", file=sys.stderr)
     claim(folder, plan, corpus.fingerprint())
     threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
-    around = Surroundings(folder, corpus, _tokenizer(folder, plan, corpus), args.device, threads, args.keep_checkpoints)
+    around = Surroundings(folder, corpus, tokenizer, args.device, threads, args.keep_checkpoints)
     runner = Runner(plan, around, args.jobs)
     if args.time_only:
         return runner.time()
@@ -78,14 +82,12 @@ def _study(args: argparse.Namespace) -> None:
         raise StudyError(f"{len(runner.failures)} run(s) failed, the first: {next(iter(runner.failures.items()))}")
 
 
-def _tokenizer(folder: Path, plan: Plan, corpus: Corpus) -> Tokenizer:
+def _tokenizer(folder: Path, plan: Plan) -> Tokenizer:
     """The study's own, trained when the study begins."""
     path = folder / TOKENIZER_FOLDER
     if path.exists():
         return Tokenizer.from_directory(path)
-    order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(plan.base.seed)).tolist()
-    texts = (corpus.train[index].text for index in order)
-    tokenizer = train_tokenizer(texts, plan.base.model.vocab_size, plan.base.tokenizer_bytes)
+    tokenizer = learn_tokenizer(plan.base)
     path.mkdir(parents=True)
     tokenizer.save(path)
     return tokenizer

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lrt_core.tokenizer import Tokenizer
-from training.data import Corpus
+from training.data import ShardedCorpus
 from training.evaluate import bits_per_byte, parallel_bpb, sequential_bpb
 from training.finish import finish
 from training.measures import contraction, refined_losses
@@ -32,7 +32,7 @@ class Surroundings(NamedTuple):
     """What all cells of a study share: where they lie, on what they train, which device, threads of an operator."""
 
     folder: Path
-    corpus: Corpus
+    corpus: ShardedCorpus
     tokenizer: Tokenizer
     device: str
     threads: int

@@ -3,6 +3,7 @@
 Layout of a study's folder:
     study.json       the plan, the data's fingerprint and the device
     tokenizer/       the tokenizer that all cells share
+    shards/          the tokenised data, unless they lie elsewhere
     results.jsonl    a line per finished cell, in the order in which they ended
     timing.json      by device, seconds of each variant's steps, measured alone
     cells/           the state of cells that are under way
@@ -54,7 +55,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 def claim(folder: Path, plan: Plan, fingerprint: str) -> None:
     """Make the folder this study's; StudyError when it holds one with other runs' settings or other data."""
     path = folder / PLAN_FILE
-    base = json.loads(json.dumps(plan.base.to_dict()))
+    base = json.loads(json.dumps({**plan.base.to_dict(), "shards": None}))
     if path.exists():
         before = read_json(path)
         if before.get("base") != base or before.get("data") != fingerprint:
