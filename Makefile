@@ -90,7 +90,7 @@ bench: $(RUNTIME) ## measure the engine's speed on this machine
 	@$(BIN)/lrt-bench offline $(ARGS)
 
 train: $(DEVELOPMENT) ## train a checkpoint like the bundled one in runs/small, or go on
-	@$(BIN)/lrt-train $(if $(wildcard runs/small/state.pt),--resume runs/small,--preset small --run runs/small) $(ARGS)
+	@$(BIN)/lrt-train $(if $(wildcard runs/small/states/step-*),--resume runs/small,--preset small --run runs/small) $(ARGS)
 
 BUILD = $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) \
 	$(if $(PIP_CONF),--secret id=pip_conf$(comma)src=$(PIP_CONF)) $(BUILD_FLAGS) -f docker/Dockerfile -t $(IMAGE) .

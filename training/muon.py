@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -50,14 +51,17 @@ class Muon(torch.optim.Optimizer):
         """`orthogonalize` of a matrix, or of the shard of one that lies as `parameter` does; the result lies so too."""
         if not _is_sharded(parameter):
             return orthogonalize(matrix, self.dtype)
-        from torch.distributed.tensor import DTensor, Replicate
+        group, (rows, columns) = parameter.device_mesh.get_group(), parameter.shape  # type: ignore[attr-defined]
+        share, start = _share(rows, dist.get_world_size(group)), dist.get_rank(group)
+        padded, whole = matrix.new_zeros(share, columns), matrix.new_empty(share * dist.get_world_size(group), columns)
+        padded[: len(matrix)] = matrix
+        dist.all_gather_into_tensor(whole, padded, group=group)
+        return orthogonalize(whole[:rows], self.dtype)[start * share :][: len(matrix)]
 
-        assert isinstance(parameter, DTensor)
-        mesh, placements = parameter.device_mesh, parameter.placements
-        shape, stride = parameter.shape, parameter.stride()
-        shards = DTensor.from_local(matrix, mesh, placements, run_check=False, shape=shape, stride=stride)
-        whole = orthogonalize(shards.full_tensor(), self.dtype)
-        return DTensor.from_local(whole, mesh, [Replicate()], run_check=False).redistribute(placements=placements).to_local()
+
+def _share(rows: int, num_ranks: int) -> int:
+    """Rows of every rank's shard but the last ones', which may have fewer or none: how torch cuts a matrix into shards."""
+    return -(-rows // num_ranks)
 
 
 def _is_sharded(tensor: Tensor) -> bool:
