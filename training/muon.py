@@ -1,12 +1,13 @@
 """Muon: momentum whose matrices are made orthogonal before they are applied. Neighbour: `optimizer.py`.
 
-Keller Jordan's Muon with the constants of `torch.optim.Muon`, and two things beside: the iteration runs in a type of one's
-choice, and matrices may be sharded (DTensor), in which case every rank gathers the momentum of one matrix after the other.
+Keller Jordan's Muon with the constants of `torch.optim.Muon`, and three things beside: the iteration runs in a type of one's
+choice, on all matrices of a shape at once, and matrices may be sharded (DTensor), in which case every rank gathers the momentum
+of one matrix after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NUM_ITERATIONS = 5
 _EPS = 1e-7
 MOMENTUM = 0.95
+_MAX_ELEMENTS = 1 << 22
+"""Of the matrices that are made orthogonal at once: 16 MiB in float32."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -35,28 +38,50 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Apply the gradients; a parameter without one stays as it is."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                # On plain tensors, this rank's shards where the matrix is sharded: only the gathering is the ranks' business.
-                gradient, weight = _local(parameter.grad), _local(parameter)
-                momentum = _local(self.state[parameter]["momentum_buffer"])
-                momentum.lerp_(gradient, 1 - MOMENTUM)
-                update = self._orthogonalized(gradient.lerp(momentum, MOMENTUM), parameter)
-                rows, columns = parameter.shape
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+            for batch in _batches([parameter for parameter in group["params"] if parameter.grad is not None]):
+                self._step(batch, group["lr"], group["weight_decay"])
 
-    def _orthogonalized(self, matrix: Tensor, parameter: Tensor) -> Tensor:
-        """`orthogonalize` of a matrix, or of the shard of one that lies as `parameter` does; the result lies so too."""
-        if not _is_sharded(parameter):
-            return orthogonalize(matrix, self.dtype)
+    def _step(self, batch: list[Tensor], lr: float, weight_decay: float) -> None:
+        """Apply the gradients of matrices of one shape."""
+        rows, columns = batch[0].shape
+        # On plain tensors, this rank's shards where the matrix is sharded: only the gathering is the ranks' business.
+        gradients = [_local(_gradient(parameter)) for parameter in batch]
+        weights = [_local(parameter) for parameter in batch]
+        momenta = [_local(self.state[parameter]["momentum_buffer"]) for parameter in batch]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        directions = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+        if _is_sharded(batch[0]):
+            updates = [self._gathered(direction, parameter) for direction, parameter in zip(directions, batch, strict=True)]
+        else:
+            updates = list(orthogonalize(torch.stack(list(directions)), self.dtype).unbind())
+        if weight_decay:
+            torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        torch._foreach_add_(weights, updates, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+
+    def _gathered(self, matrix: Tensor, parameter: Tensor) -> Tensor:
+        """`orthogonalize` of the whole of which `matrix` is this rank's shard; the result is the shard of that."""
         group, (rows, columns) = parameter.device_mesh.get_group(), parameter.shape  # type: ignore[attr-defined]
         share, start = _share(rows, dist.get_world_size(group)), dist.get_rank(group)
         padded, whole = matrix.new_zeros(share, columns), matrix.new_empty(share * dist.get_world_size(group), columns)
         padded[: len(matrix)] = matrix
         dist.all_gather_into_tensor(whole, padded, group=group)
-        return orthogonalize(whole[:rows], self.dtype)[start * share :][: len(matrix)]
+        return orthogonalize(whole[None, :rows], self.dtype)[0, start * share :][: len(matrix)]
+
+
+def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The parameters, together where they have one shape, so that many small matrices cost few operations."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for parameter in parameters:
+        by_shape.setdefault(parameter.shape, []).append(parameter)
+    for shape, alike in by_shape.items():
+        count = max(1, _MAX_ELEMENTS // shape.numel())
+        for start in range(0, len(alike), count):
+            yield alike[start : start + count]
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _share(rows: int, num_ranks: int) -> int:
@@ -73,13 +98,16 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix [m, n] with its singular values brought near 1, by Newton-Schulz iterations in `dtype`; zeros stay zeros."""
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrices [k, m, n], each with its singular values brought near 1, by Newton-Schulz iterations in `dtype`.
+
+    Zeros stay zeros.
+    """
     a, b, c = _COEFFICIENTS
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).to(dtype)
-    x = x / x.norm().clamp(min=_EPS)
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = (matrices if wide else matrices.mT).to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=_EPS)
     for _ in range(_NUM_ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if wide else x.T).to(matrix.dtype)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).to(matrices.dtype)
