@@ -63,7 +63,9 @@ def _trainer(plan: Plan, cell: Cell, around: Surroundings, folder: Path) -> Trai
     if has_states(folder):
         return Trainer.resume(folder, around.corpus, device)
     config = plan.config(cell, around.tokenizer.vocab_size)
-    return Trainer.create(config, folder, around.corpus, around.tokenizer, f"lrt-train study ({cell.name})", device)
+    command = f"lrt-train study --plan {plan.name} --variants {cell.variant.name} --budgets {cell.tokens_per_parameter:g}"
+    command += " --keep-checkpoints"
+    return Trainer.create(config, folder, around.corpus, around.tokenizer, command, device)
 
 
 def describe(plan: Plan, cell: Cell, trainer: Trainer) -> dict[str, Any]:

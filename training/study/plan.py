@@ -62,6 +62,7 @@ class Cell:
 class Plan:
     """base: the plain model and everything that the runs share; its num_steps and schedule are each cell's own."""
 
+    name: str
     base: TrainingConfig
     variants: tuple[Variant, ...]
 
@@ -176,7 +177,7 @@ def _million() -> Plan:
         log_every=50,
         precision="float32",
     )
-    return Plan(base, _matrix(model.num_layers, (2.5, 5.0, 10.0), (20.0, 30.0), num_seeds=2))
+    return Plan("million", base, _matrix(model.num_layers, (2.5, 5.0, 10.0), (20.0, 30.0), num_seeds=2))
 
 
 def _tiny() -> Plan:
@@ -202,7 +203,7 @@ def _tiny() -> Plan:
         log_every=1,
         precision="float32",
     )
-    return Plan(base, _matrix(model.num_layers, (0.01, 0.02, 0.04), (0.08, 0.12), num_seeds=1))
+    return Plan("tiny", base, _matrix(model.num_layers, (0.01, 0.02, 0.04), (0.08, 0.12), num_seeds=1))
 
 
 def _small() -> Plan:
@@ -223,12 +224,13 @@ def _small() -> Plan:
         return Variant(f"interleaved-{name}", budgets, recurrence, "interleaved", {"num_subsets": 2})
 
     return Plan(
+        "small",
         base,
         (
-            Variant(BASELINE, (10.0, 20.0)),
-            interleaved("layerwise-last", (10.0,), RecurrenceConfig(last)),
-            interleaved("shared-last", (10.0,), RecurrenceConfig(last, "shared")),
-            interleaved("layerwise-upper", (10.0,), RecurrenceConfig(last - 1)),
+            Variant(BASELINE, (8.0, 16.0)),
+            interleaved("layerwise-last", (8.0,), RecurrenceConfig(last)),
+            interleaved("shared-last", (8.0,), RecurrenceConfig(last, "shared")),
+            interleaved("layerwise-upper", (8.0,), RecurrenceConfig(last - 1)),
         ),
     )
 

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ class Runner:
         new = tuple(variant for variant in self.plan.variants if variant.name not in known)
         if not new:
             return
-        known |= pool.submit(worker.time_steps, Plan(self.plan.base, new)).result()
+        known |= pool.submit(worker.time_steps, replace(self.plan, variants=new)).result()
         write_json(path, table)
         medians = ", ".join(f"{name} {1000 * statistics.median(own):.1f} ms" for name, own in known.items())
         print(f"a step alone on {device}: {medians}", file=sys.stderr, flush=True)
