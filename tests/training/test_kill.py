@@ -45,7 +45,8 @@ def steps(run: Path) -> dict[int, list[tuple[Any, ...]]]:
 def test_killed_at_any_moment(data: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = start(*settings(data, whole))
-    assert process.wait() == 0, process.communicate()[1]
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
     moments, num_kills, status = random.Random(0), 0, -1
     while status != 0:
         process = start(*(["--resume", str(killed)] if has_states(killed) else settings(data, killed)))
@@ -60,9 +61,8 @@ def test_killed_at_any_moment(data: Path, tmp_path: Path) -> None:
                     process.kill()
                     num_kills += 1
                 break
-        status = process.wait()
-        assert status in (0, -9), process.communicate()[1]
-        process.communicate()
+        errors, status = process.communicate()[1], process.returncode
+        assert status in (0, -9), errors
     assert num_kills == 4
     expected, found = steps(whole), steps(killed)
     assert list(expected) == sorted(found) == list(range(1, STEPS + 1))

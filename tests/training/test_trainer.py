@@ -135,7 +135,7 @@ def test_parts_of_a_batch_are_the_batch(tmp_path: Path, overrides: dict[str, Any
         batch = trainer.packer.batch
 
         def masked(rows: slice, batch: Any = batch) -> tuple[torch.Tensor, torch.Tensor]:
-            tokens, targets = batch(rows)
+            tokens, targets = (part.clone() for part in batch(rows))
             for row, start in enumerate((1, 20, 9, 16)):
                 targets[row, start:] = IGNORE
             return tokens, targets
