@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="lrt-train",
         description="Train a Latent Recurrent Transformer. Ctrl-C stops a run so that it can be resumed.",
         epilog="Several processes: torchrun --nproc-per-node N -m training [the same arguments, but --run-folder for --run]. "
-        "They share every batch, so it must be a multiple of N rows; the run may be resumed with any other number, and with or without --fsdp.",
+        "They share every batch, so it must be a multiple of N rows; the run may be resumed with any other number, and with or "
+        "without --fsdp.",
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), help=f"model and settings (default: {DEFAULT_PRESET})")
     # torchrun takes --run for one of its own, wherever it stands.

@@ -160,7 +160,9 @@ def _candidates(folder: Path, which: Which) -> list[Path]:
 
 def _make_room(folder: Path, temporary: Path) -> None:
     """An empty temporary folder; what crashed writers left goes first."""
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        sync(folder.parent)
     for left in folder.glob(".*.tmp"):
         shutil.rmtree(left)
     temporary.mkdir()
@@ -175,7 +177,6 @@ def _publish(temporary: Path, path: Path, state: TrainingState, files: dict[str,
             _set_aside(other)
     temporary.rename(path)
     sync(path.parent)
-    sync(path.parent.parent)
 
 
 def _set_aside(path: Path) -> None:

@@ -7,27 +7,30 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from training.__main__ import main
 from training.state import has_states
 
-STEPS = 40
+STEPS, NUM_KILLS = 24, 3
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "training", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
 def settings(data: Path, run: Path) -> list[str]:
-    every = ["--save-every", "1", "--log-every", "1", "--eval-every", "7"]
+    every = ["--save-every", "3", "--log-every", "1", "--eval-every", "7"]
     return ["--preset", "tiny", "--data", str(data), "--run", str(run), "--steps", str(STEPS), "--precision", "float32", *every]
 
 
@@ -41,20 +44,24 @@ def steps(run: Path) -> dict[int, list[tuple[Any, ...]]]:
     return found
 
 
+def num_made(run: Path) -> int:
+    """Steps that were made, those that were made again included."""
+    return sum(map(len, steps(run).values())) if (run / "log.jsonl").exists() else 0
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment(data: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start(*settings(data, whole))
-    errors = process.communicate()[1]
-    assert process.returncode == 0, errors
+    assert main(settings(data, whole)) == 0
     moments, num_kills, status = random.Random(0), 0, -1
     while status != 0:
         process = start(*(["--resume", str(killed)] if has_states(killed) else settings(data, killed)))
-        target = len(steps(killed)) + 9 if (killed / "log.jsonl").exists() else 9
-        while process.poll() is None and num_kills < 4:
-            if (killed / "log.jsonl").exists() and len(steps(killed)) >= target:
-                # A step and its save take some hundredths of a second: the kill falls anywhere within them.
-                delay = moments.uniform(0.0, 0.1)
+        target = num_made(killed) + 7
+        while process.poll() is None and num_kills < NUM_KILLS:
+            time.sleep(0.01)
+            if num_made(killed) >= target:
+                # Three steps and their save take some tenths of a second: the kill falls anywhere within them.
+                delay = moments.uniform(0.0, 0.4)
                 try:
                     process.wait(delay)
                 except subprocess.TimeoutExpired:
@@ -63,7 +70,7 @@ def test_killed_at_any_moment(data: Path, tmp_path: Path) -> None:
                 break
         errors, status = process.communicate()[1], process.returncode
         assert status in (0, -9), errors
-    assert num_kills == 4
+    assert num_kills == NUM_KILLS
     expected, found = steps(whole), steps(killed)
     assert list(expected) == sorted(found) == list(range(1, STEPS + 1))
     for step, results in found.items():
