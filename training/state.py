@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from lrt_core.files import CheckpointError, read_json, sync, write_json
-from training.distributed import ALONE, RankError, Ranks
+from training.distributed import ALONE, RankError, Ranks, ShardError
 
 STATES_FOLDER = "states"
 STATE_FILE = "state.json"
@@ -37,10 +37,6 @@ CHECKPOINT_FOLDER = "checkpoint"
 
 VERSION = 1
 Which = Literal["last", "best"]
-
-
-class ShardError(ValueError):
-    """Tensors that cannot be written or read; the message says why."""
 
 
 class StateError(ValueError):

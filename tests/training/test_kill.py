@@ -16,7 +16,7 @@ import pytest
 from training.__main__ import main
 from training.state import has_states
 
-STEPS, NUM_KILLS = 24, 3
+STEPS, NUM_KILLS = 32, 3
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -56,12 +56,12 @@ def test_killed_at_any_moment(data: Path, tmp_path: Path) -> None:
     moments, num_kills, status = random.Random(0), 0, -1
     while status != 0:
         process = start(*(["--resume", str(killed)] if has_states(killed) else settings(data, killed)))
-        target = num_made(killed) + 7
+        target = num_made(killed) + 5
         while process.poll() is None and num_kills < NUM_KILLS:
             time.sleep(0.01)
             if num_made(killed) >= target:
                 # Three steps and their save take some tenths of a second: the kill falls anywhere within them.
-                delay = moments.uniform(0.0, 0.4)
+                delay = moments.uniform(0.0, 0.3)
                 try:
                     process.wait(delay)
                 except subprocess.TimeoutExpired:
