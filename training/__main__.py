@@ -74,11 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lrt-train",
         description="Train a Latent Recurrent Transformer. Ctrl-C stops a run so that it can be resumed.",
-        epilog="Several processes: torchrun --nproc-per-node N -m training [the same arguments]. They share every batch, so it "
-        "must be a multiple of N rows; the run may be resumed with any other number, and with or without --fsdp.",
+        epilog="Several processes: torchrun --nproc-per-node N -m training [the same arguments, but --run-folder for --run]. "
+        "They share every batch, so it must be a multiple of N rows; the run may be resumed with any other number, and with or "
+        "without --fsdp.",
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), help=f"model and settings (default: {DEFAULT_PRESET})")
-    parser.add_argument("--run", type=Path, help="folder of a new run (default: runs/PRESET)")
+    # torchrun takes --run for one of its own, wherever it stands.
+    parser.add_argument("--run", "--run-folder", type=Path, help="folder of a new run (default: runs/PRESET)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, with the settings stored in it")
     parser.add_argument("--finish", action="store_true", help="with --resume: write the checkpoint as of a saved state")
     parser.add_argument(

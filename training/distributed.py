@@ -35,6 +35,10 @@ class RankError(ValueError):
     """Something went wrong on another rank, which says what."""
 
 
+class ShardError(ValueError):
+    """Tensors that the ranks cannot write or read; the message says why."""
+
+
 def is_loss_of_rank(error: RuntimeError) -> bool:
     """Whether torch means to say that another rank is gone, by its own error or by gloo's, which has no type."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -21,8 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from training.distributed import Ranks
-from training.state import ShardError
+from training.distributed import Ranks, ShardError
 
 INDEX_FILE = ".metadata"
 

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from lrt_core.files import CheckpointError, read_json, sync, write_json
-from training.distributed import ALONE, RankError, Ranks
+from training.distributed import ALONE, RankError, Ranks, ShardError
 
 STATES_FOLDER = "states"
 STATE_FILE = "state.json"
@@ -37,10 +37,6 @@ CHECKPOINT_FOLDER = "checkpoint"
 
 VERSION = 1
 Which = Literal["last", "best"]
-
-
-class ShardError(ValueError):
-    """Tensors that cannot be written or read; the message says why."""
 
 
 class StateError(ValueError):
@@ -160,7 +156,9 @@ def _candidates(folder: Path, which: Which) -> list[Path]:
 
 def _make_room(folder: Path, temporary: Path) -> None:
     """An empty temporary folder; what crashed writers left goes first."""
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        sync(folder.parent)
     for left in folder.glob(".*.tmp"):
         shutil.rmtree(left)
     temporary.mkdir()
@@ -175,7 +173,6 @@ def _publish(temporary: Path, path: Path, state: TrainingState, files: dict[str,
             _set_aside(other)
     temporary.rename(path)
     sync(path.parent)
-    sync(path.parent.parent)
 
 
 def _set_aside(path: Path) -> None:

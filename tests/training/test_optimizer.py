@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
 from lrt_core.model import LatentRecurrentTransformer
 from tests.helpers import VARIANTS, tiny_config, tiny_model
 from training.config import OptimizerConfig
+from training.muon import Muon, orthogonalize
 from training.optimizer import Optimizer, lr_scale, parameter_groups
 
 
@@ -70,11 +69,32 @@ def test_state_resumes_exactly() -> None:
         fill_gradients(model, seed)
         optimizer.step(1.0)
     twin.load_state_dict(model.state_dict())
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for name, tensor in resumed.tensors().items():
+        tensor.copy_(optimizer.tensors()[name])
     for one, other in ((model, optimizer), (twin, resumed)):
         fill_gradients(one, 9)
         other.step(0.3)
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_muon_is_torch_s_in_bfloat16(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    one, other = Muon([ours], 0.1, 0.01, torch.bfloat16), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.01)
+    for _ in range(3):
+        ours.grad = theirs.grad = torch.randn(shape, generator=generator)
+        one.step()
+        other.step()
+    assert torch.equal(ours, theirs)
+
+
+def test_muon_in_float32_is_what_bfloat16_rounds() -> None:
+    matrix = torch.randn(8, 24, generator=torch.Generator().manual_seed(0))
+    wide = orthogonalize(matrix, torch.float32)
+    torch.testing.assert_close(orthogonalize(matrix, torch.bfloat16), wide, rtol=0, atol=0.03)
+    values = torch.linalg.svdvals(wide)
+    assert 0.6 < values.min() <= values.max() < 1.3
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_a_new_file_is_all_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "doubled.py").write_text(
         "from training.schedules.losses import Losses\nfrom training.schedules.registry import schedule\n"
         "from training.schedules.baseline import baseline\n\n"
-        "@schedule(recurrent=False)\ndef doubled(model, tokens, targets):\n"
+        "@schedule(recurrent=False, cost=lambda factor: 2.0)\ndef doubled(model, tokens, targets):\n"
         "    losses = baseline(model, tokens, targets)\n    return Losses(2 * losses.total, losses.passes)\n"
     )
     monkeypatch.setattr(training.schedules, "__path__", [*training.schedules.__path__, str(tmp_path)])

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from training.schedules.registry import cost
-from training.study import report
+from training.study import report, table
 from training.study.__main__ import main
 from training.study.plan import BASELINE, PLANS, Cell, StudyError, chosen
 from training.study.runner import RESULTS_FILE, claim, read_results
@@ -92,7 +92,7 @@ def test_choosing_runs() -> None:
 def test_figures_of_the_report(tmp_path: Path) -> None:
     plain = [result(BASELINE, 1, 2.0), result(BASELINE, 4, 1.6), result(BASELINE, 4, 1.62, seed=1)]
     other = [result("other", 1, 1.75, cost=2), result("other", 2, 1.7, cost=2), result("other", 4, 1.5, cost=2)]
-    rows = report.tabulate([*other, *plain], TIMING)
+    rows = table.tabulate([*other, *plain], TIMING)
     order = [(BASELINE, 1), (BASELINE, 4), ("other", 1), ("other", 2), ("other", 4)]
     assert [(row.variant, row.tokens_per_parameter) for row in rows] == order
     assert (rows[1].sequential, rows[1].num_seeds) == (pytest.approx(1.61), 2)
@@ -102,7 +102,7 @@ def test_figures_of_the_report(tmp_path: Path) -> None:
         "compute": 1000,
         "time on clock": pytest.approx(100 * 0.1),
     }  # the median step, not the mean
-    first, second, third = report.compare(rows)
+    first, second, third = table.compare(rows)
     assert first.differences == {
         "tokens": pytest.approx(1.75 - 2.0),
         "compute": pytest.approx(1.75 - (2.0 + 1.61) / 2),  # 2000 tokens: half way between 1000 and 4000

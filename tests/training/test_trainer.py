@@ -13,7 +13,8 @@ from lrt_core.files import CheckpointError
 from tests.training.helpers import tiny_corpus, tiny_trainer
 from training.config import OptimizerConfig
 from training.data import Document
-from training.state import STATE_FILE, StateError
+from training.schedules.losses import IGNORE
+from training.state import STATES_FOLDER, StateError
 from training.trainer import StepResult, Trainer, TrainingError, uses_bfloat16
 
 
@@ -123,6 +124,43 @@ def test_what_is_not_finite_stops_the_run_with_the_weights_untouched(
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    "overrides", [{"num_subsets": 3}, {"schedule": "multi_refine", "num_refinements": 1, "loss_weights": (0.3, 0.7)}]
+)
+def test_parts_of_a_batch_are_the_batch(tmp_path: Path, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with different numbers of targets, of which the forwards' subsets get different numbers too."""
+    results = []
+    for accumulate in (1, 2, 4):
+        trainer = tiny_trainer(tmp_path / str(accumulate), batch_size=4, accumulate=accumulate, **overrides)
+        batch = trainer.packer.batch
+
+        def masked(rows: slice, batch: Any = batch) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens, targets = (part.clone() for part in batch(rows))
+            for row, start in enumerate((1, 20, 9, 16)):
+                targets[row, start:] = IGNORE
+            return tokens, targets
+
+        monkeypatch.setattr(trainer.packer, "batch", masked)
+        results.append([value for _ in range(4) for value in trainer.step()])
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+    assert results[2] == pytest.approx(results[0], rel=1e-5)
+
+
+def test_the_best_state_is_kept_and_can_be_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny_trainer(tmp_path, num_steps=6, eval_every=1, save_every=2, keep_last=1, keep_best=True)
+    figures = iter([3.0, 2.0, 1.0, 2.5, 2.0, 1.5])
+    monkeypatch.setattr(trainer, "evaluate", lambda: {"step": trainer.num_steps_done, "bpb": next(figures)})
+    assert trainer.run()
+    assert sorted(path.name for path in (tmp_path / STATES_FOLDER).iterdir()) == ["step-00000003", "step-00000006"]
+    assert Trainer.resume(tmp_path, tiny_corpus(), which="best").num_steps_done == 3
+    assert Trainer.resume(tmp_path, tiny_corpus()).num_steps_done == 6
+
+
+def test_a_batch_in_parts_must_divide(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a batch of 4 rows cannot be cut into 3 equal parts"):
+        tiny_trainer(tmp_path, batch_size=4, accumulate=3)
+
+
 def test_gradients_are_clipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = tiny_trainer(tmp_path, optimizer=OptimizerConfig(clip_norm=0.01))
     seen = []
@@ -166,7 +204,7 @@ def test_a_run_goes_on_over_fewer_documents(tmp_path: Path) -> None:
     assert resumed.num_steps_done == 2
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer/tokenizer.tiktoken", STATE_FILE])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer/tokenizer.tiktoken", f"{STATES_FOLDER}/step-00000000/state.json"])
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     tiny_trainer(tmp_path).save()
     (tmp_path / name).unlink()

@@ -1,4 +1,4 @@
-"""A study's pictures: bits per byte against effective compute and against wall time. Neighbour: `report.py`."""
+"""A study's pictures: bits per byte against effective compute and against wall time. Neighbours: `table.py`, `report.py`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.study.plan import BASELINE
+from training.study.table import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from training.study.report import Row
 
 _MARKS = "os^vDP*X<>ph"
 
