@@ -196,9 +196,10 @@ class Trainer:
         Returns the batch's loss, its merged forwards' loss in nats over targets that are text, and these targets' bytes.
         """
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        tokens, targets = tokens.to(self.device), targets.to(self.device)
         counts: list[float] = []
-        for part in zip(tokens.chunk(self.config.accumulate), targets.chunk(self.config.accumulate), strict=True):
-            some_tokens, some_targets = (one.to(self.device) for one in part)
+        parts = zip(tokens.chunk(self.config.accumulate), targets.chunk(self.config.accumulate), strict=True)
+        for some_tokens, some_targets in parts:
             with self.autocast():
                 losses = self.schedule(self.model, some_tokens, some_targets)
             # Which positions a forward covers is the same for all rows, so the first part tells what to divide by.
