@@ -6,9 +6,9 @@ import argparse
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import get_args
@@ -21,10 +21,12 @@ from lrt_core.tokenizer import Tokenizer
 from training.config import PRESETS, PYTHON_SOURCES, Precision, TrainingConfig
 from training.data import Corpus, load_corpus
 from training.finish import finish
+from training.guards import GuardConfig, add_guard_flags
 from training.initial import check_fits, initialize
 from training.schedules.flags import add_schedule_flags, given_options, option_names
 from training.schedules.registry import entry
-from training.state import CHECKPOINT_FOLDER
+from training.sinks import Sink, TensorBoard, Wandb, require
+from training.state import CHECKPOINT_FOLDER, COMMAND_FILE
 from training.tokenizer import train_tokenizer
 from training.trainer import Trainer, check_is_new, load_run_config, uses_bfloat16
 
@@ -57,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--finish", action="store_true", help="with --resume: write the checkpoint as of the last saved state")
     parser.add_argument("--out", type=Path, help="where the checkpoint goes (default: RUN/checkpoint)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    parser.add_argument("--tensorboard", action="store_true", help="figures for TensorBoard in RUN/tensorboard")
+    parser.add_argument("--wandb", metavar="PROJECT", help="figures for this project of Weights & Biases")
+    either = parser.add_argument_group("settings of a new run, or changed from here on with --resume")
+    either.add_argument("--lr-scale", type=float, metavar="X", help="factor on all learning rates (default: 1)")
+    add_guard_flags(either)
     settings = parser.add_argument_group("settings of a new run, instead of the preset's")
     settings.add_argument("--data", action="append", metavar="SOURCE", help=f"{PYTHON_SOURCES}, a file or a folder; repeatable")
     settings.add_argument("--init-from", type=Path, metavar="CHECKPOINT", help="start with its weights, plain or recurrent")
@@ -74,17 +81,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _OWN_SETTINGS = ("data", "schedule", "num_steps", "time_budget", "batch_size", "seed", "precision", "compile", "recompute")
-_SETTINGS = (*_OWN_SETTINGS[:2], *option_names(), *_OWN_SETTINGS[2:])
-"""Every flag that fixes a run; those of the schedules' options follow the schedule's own."""
+_FIXED_SETTINGS = (*_OWN_SETTINGS[:2], *option_names(), *_OWN_SETTINGS[2:])
+"""Those that hold for a whole run; those of the schedules' options follow the schedule's own."""
+_GUARD_SETTINGS = tuple(one.name for one in fields(GuardConfig))
+_CHANGING_SETTINGS = ("lr_scale", *_GUARD_SETTINGS)
+"""Those that may also be changed when a run is resumed."""
 
 
 def _train(options: argparse.Namespace) -> int:
+    _check_packages(options)
     trainer = _resumed(options) if options.resume is not None else _created(options)
     run = trainer.run_folder
     print(_summary(trainer), file=sys.stderr)
     if not options.finish:
         with _stopping_on_signals(trainer):
-            finished = trainer.run()
+            finished = trainer.run(_sinks(trainer, options))
         if not finished:
             print(f"stopped at step {trainer.num_steps_done}; go on with: lrt-train --resume {run}", file=sys.stderr)
             return EXIT_INTERRUPTED
@@ -93,6 +104,23 @@ def _train(options: argparse.Namespace) -> int:
     results = finish(trainer, out)
     print(f"{out}: sequential bpb {results.sequential:.4f}, parallel bpb {results.parallel.merged:.4f}")
     return 0
+
+
+def _check_packages(options: argparse.Namespace) -> None:
+    """ValueError where a package that a flag needs is missing: before anything takes time."""
+    if options.tensorboard:
+        require("--tensorboard", "tensorboard")
+    if options.wandb is not None:
+        require("--wandb", "wandb")
+
+
+def _sinks(trainer: Trainer, options: argparse.Namespace) -> list[Sink]:
+    sinks: list[Sink] = []
+    if options.tensorboard:
+        sinks.append(TensorBoard(trainer.run_folder))
+    if options.wandb is not None:
+        sinks.append(Wandb(trainer.run_folder, options.wandb, trainer.config.to_dict()))
+    return sinks
 
 
 def _summary(trainer: Trainer) -> str:
@@ -133,7 +161,13 @@ def _command(options: argparse.Namespace) -> str:
         words += ["--preset", options.preset or DEFAULT_PRESET]
     if options.init_from is not None:
         words += ["--init-from", options.init_from.name]
-    for name in _SETTINGS:
+    return shlex.join([*words, *_given_words(options, (*_FIXED_SETTINGS, *_CHANGING_SETTINGS))])
+
+
+def _given_words(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """The flags among `names` that were given, as words of a command line."""
+    words: list[str] = []
+    for name in names:
         value = getattr(options, name)
         flag = "--steps" if name == "num_steps" else f"--{name.replace('_', '-')}"
         if value is True:
@@ -142,7 +176,7 @@ def _command(options: argparse.Namespace) -> str:
             values = value if isinstance(value, list) else [value]
             for one in values:
                 words += [flag, _word(one)]
-    return shlex.join(words)
+    return words
 
 
 def _word(value: object) -> str:
@@ -173,15 +207,26 @@ def _configured(config: TrainingConfig, options: argparse.Namespace) -> Training
         model = replace(model, recurrence=RecurrenceConfig(source_layer=model.num_layers - 1))
     if options.init_from is not None:
         check_fits(options.init_from, source, model)
-    return replace(config, model=model, schedule_options=of_schedule, **given)
+    return _changed(replace(config, model=model, schedule_options=of_schedule, **given), options)
+
+
+def _changed(config: TrainingConfig, options: argparse.Namespace) -> TrainingConfig:
+    """The configuration with the learning rates' factor and the guard's settings that were given."""
+    guard = {name: getattr(options, name) for name in _GUARD_SETTINGS if getattr(options, name) is not None}
+    rate = config.optimizer.lr_scale if options.lr_scale is None else options.lr_scale
+    return replace(config, optimizer=replace(config.optimizer, lr_scale=rate), guard=replace(config.guard, **guard))
 
 
 def _resumed(options: argparse.Namespace) -> Trainer:
-    given = [name for name in ("init_from", *_SETTINGS) if getattr(options, name) is not None]
+    given = [name for name in ("init_from", *_FIXED_SETTINGS) if getattr(options, name) is not None]
     if given:
         raise ValueError(f"--resume goes on with the run's own settings; --{given[0].replace('_', '-')} cannot be given")
-    corpus = _load(load_run_config(options.resume))
-    trainer = Trainer.resume(options.resume, corpus, _device(options.device))
+    config = _changed(load_run_config(options.resume), options)
+    trainer = Trainer.resume(options.resume, _load(config), _device(options.device), config)
+    if changes := shlex.join(_given_words(options, _CHANGING_SETTINGS)):
+        # For the model card, which shows the file as one block.
+        with (options.resume / COMMAND_FILE).open("a", encoding="utf-8") as commands:
+            commands.write(f"    lrt-train --resume RUN {changes}    # after step {trainer.num_steps_done}\n")
     if trainer.data_changed:
         print("lrt-train: warning: the data changed since this run was saved; it will not go on exactly", file=sys.stderr)
     return trainer

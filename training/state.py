@@ -38,7 +38,7 @@ class StateError(ValueError):
 class TrainingState:
     """step: optimizer steps done; elapsed: seconds of training so far; position: next token of the data (`packing.Position`).
 
-    data_fingerprint tells whether the corpus is still the one that `position` points into.
+    data_fingerprint tells whether the corpus is still the one that `position` points into. guard: `Guard.state_dict`.
     """
 
     step: int
@@ -48,6 +48,7 @@ class TrainingState:
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     rng: Tensor
+    guard: dict[str, Any]
 
 
 def save_state(run: Path, state: TrainingState) -> None:

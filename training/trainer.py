@@ -1,14 +1,14 @@
-"""The training loop: batch, schedule, backward, clip, finite check, optimizer; log, evaluate, save.
+"""The training loop: batch, schedule, backward, clip, guard, optimizer; log, evaluate, save.
 
 A run lives in its own folder (`state.py` says what lies there) and stops only between steps, with its state saved, so that
-resuming repeats nothing and loses nothing. Neighbours: `config.py`, `packing.py`, `optimizer.py`, `evaluate.py`,
-`finish.py`, which makes a checkpoint of the result.
+resuming repeats nothing and loses nothing. Neighbours: `config.py`, `packing.py`, `optimizer.py`, `guards.py`,
+`evaluate.py`, `finish.py`, which makes a checkpoint of the result.
 """
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +22,11 @@ from lrt_core.tokenizer import Tokenizer
 from training.config import Precision, TrainingConfig
 from training.data import Corpus
 from training.evaluate import bits_per_byte, merge, parallel_bpb
+from training.guards import Guard
 from training.optimizer import Optimizer, lr_scale
 from training.packing import Packer, Position, evaluation_rows
 from training.progress import Progress
+from training.sinks import Sink
 from training.state import (
     COMMAND_FILE,
     CONFIG_FILE,
@@ -43,11 +45,16 @@ class TrainingError(ValueError):
 
 
 class StepResult(NamedTuple):
-    """loss: mean over the forwards, nats per token; bpb: of the merged forwards; grad_norm: before clipping."""
+    """loss: mean over the forwards, nats per token; bpb: of the merged forwards; grad_norm: before clipping.
+
+    lr_scale: factor on the learning rates. skipped: why no weight was changed, "" for a step that was taken.
+    """
 
     loss: float
     bpb: float
     grad_norm: float
+    lr_scale: float
+    skipped: str = ""
 
 
 class Trainer:
@@ -63,12 +70,12 @@ class Trainer:
         self.model.init_weights(torch.Generator().manual_seed(config.seed))
         self.model.to(self.device)
         prepare(self.model, config.compile, config.recompute)
-        self.optimizer = Optimizer(self.model, config.optimizer)
+        self.optimizer, self.guard = Optimizer(self.model, config.optimizer), Guard(config.guard)
         self.packer = Packer(corpus.train, tokenizer, config.model.sequence_len, config.batch_size, config.seed)
         rows = evaluation_rows(corpus.validation, tokenizer, config.model.sequence_len, config.eval_rows)
         self.eval_rows = rows.to(self.device)
         self.byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=self.device)
-        self.num_steps_done, self.elapsed = 0, 0.0
+        self.num_steps_done, self.num_steps_saved, self.elapsed = 0, 0, 0.0
         self.stop_requested = False
 
     @classmethod
@@ -90,20 +97,32 @@ class Trainer:
         return cls(config, run, corpus, tokenizer, device)
 
     @classmethod
-    def resume(cls, run: Path, corpus: Corpus, device: torch.device | None = None) -> Trainer:
-        """The run as it was last saved; StateError or CheckpointError when a file is missing or damaged."""
-        trainer = cls(load_run_config(run), run, corpus, Tokenizer.from_directory(run / TOKENIZER_FOLDER), device)
+    def resume(
+        cls, run: Path, corpus: Corpus, device: torch.device | None = None, config: TrainingConfig | None = None
+    ) -> Trainer:
+        """The run as it was last saved; StateError or CheckpointError when a file is missing or damaged.
+
+        config: the run's own with other learning rates or guards, which the run keeps from here on.
+        """
+        stored = load_run_config(run)
+        trainer = cls(config or stored, run, corpus, Tokenizer.from_directory(run / TOKENIZER_FOLDER), device)
         trainer._restore(load_state(run))
+        if trainer.config != stored:
+            write_json(run / CONFIG_FILE, trainer.config.to_dict())
         return trainer
 
     def _restore(self, state: TrainingState) -> None:
         self.model.load_state_dict(state.model)
         self.optimizer.load_state_dict(state.optimizer)
         self.num_steps_done, self.elapsed = state.step, state.elapsed
+        self.num_steps_saved = state.step
+        self.guard.load_state_dict(state.guard)
         self.data_changed = state.data_fingerprint != self.corpus.fingerprint()
         position = Position.from_dict(state.position)
         # A position counts documents; among others it means nothing, so changed data begins a new epoch.
         self.packer.position = Position(position.epoch + 1) if self.data_changed else position
+        if self.data_changed:
+            self.guard.forget()
         torch.set_rng_state(state.rng)
 
     data_changed = False
@@ -122,7 +141,7 @@ class Trainer:
         return min(1.0, max(by_steps, by_time))
 
     def step(self) -> StepResult:
-        """One optimizer step; TrainingError, with the weights untouched, when loss or gradient is not finite."""
+        """One optimizer step; or, where the guard objects, a batch that changes no weight and counts for no step."""
         started = time.monotonic()
         in_warmdown = self.progress >= 1.0 - self.config.warmdown
         self.packer.cut_share = self.config.prompt_cuts if in_warmdown else 0.0
@@ -131,21 +150,22 @@ class Trainer:
             losses = self.schedule(self.model, tokens, targets)
         losses.total.backward()  # type: ignore[no-untyped-call]
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
-        loss, norm = losses.total.item(), grad_norm.item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(
-                f"step {self.num_steps_done + 1}: loss {loss}, gradient norm {norm}: not finite, the weights were left as "
-                "they were; resume from the last saved state with smaller learning rates"
-            )
-        self.optimizer.step(lr_scale(self._progress_of_next(), self.config.warmup, self.config.warmdown))
-        self.num_steps_done += 1
+        loss, norm, scale = losses.total.item(), grad_norm.item(), self._lr_scale()
+        skipped = self.guard.judge(loss, norm)
+        self.guard.record(loss, norm, bool(skipped))
+        if skipped:
+            self.model.zero_grad(set_to_none=True)
+        else:
+            self.optimizer.step(scale)
+            self.num_steps_done += 1
         self.elapsed += time.monotonic() - started
         with torch.no_grad():
-            return StepResult(loss, bits_per_byte(merge(losses.passes), targets, self.byte_lengths), norm)
+            return StepResult(loss, bits_per_byte(merge(losses.passes), targets, self.byte_lengths), norm, scale, skipped)
 
-    def _progress_of_next(self) -> float:
-        """Progress at the middle of the coming step, so that neither the first nor the last step has rate zero."""
-        return min(1.0, self.progress + 0.5 / self.config.num_steps)
+    def _lr_scale(self) -> float:
+        """Of the coming step, by the progress at its middle, so that neither the first nor the last step has rate zero."""
+        progress = min(1.0, self.progress + 0.5 / self.config.num_steps)
+        return self.config.optimizer.lr_scale * lr_scale(progress, self.config.warmup, self.config.warmdown)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of forwards and backwards."""
@@ -168,30 +188,64 @@ class Trainer:
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             rng=torch.get_rng_state(),
+            guard=self.guard.state_dict(),
         )
         save_state(self.run_folder, state)
+        self.num_steps_saved = self.num_steps_done
 
-    def run(self) -> bool:
-        """Train to the end, or until `stop_requested` is set; the state is saved either way. True when the end was reached."""
-        with Progress(self.run_folder / LOG_FILE) as progress:
+    def run(self, sinks: Sequence[Sink] = ()) -> bool:
+        """Train to the end, or until `stop_requested` is set; the state is saved either way. True when the end was reached.
+
+        TrainingError when too many steps had to be skipped; the state saved last is then left as it is.
+        """
+        with Progress(self.run_folder / LOG_FILE, sinks, self.num_steps_done) as progress:
             progress.log("start", step=self.num_steps_done, data_changed=self.data_changed)
+            if self.num_steps_done == 0:
+                self.save()  # so that even a run that goes wrong at once can be resumed
             while self.progress < 1.0 and not self.stop_requested:
-                self._report(progress, self.step())
-                self._periodic(progress)
+                result = self.step()
+                if result.skipped:
+                    self._report_skip(progress, result)
+                else:
+                    self._report(progress, result)
+                    self._periodic(progress)
             self.save()
             progress.log("stop", step=self.num_steps_done, elapsed=round(self.elapsed, 3), finished=self.progress >= 1.0)
         return self.progress >= 1.0
 
+    def _report_skip(self, progress: Progress, result: StepResult) -> None:
+        """Log a skipped step; TrainingError when it was one too many."""
+        step, total = self.num_steps_done + 1, self.guard.num_skipped
+        values = {"loss": result.loss, "grad_norm": result.grad_norm, "reason": result.skipped}
+        progress.log("skipped", step=step, tokens=self.num_tokens_done, skipped=total, **values)
+        progress.say(f"step {step}: skipped: {result.skipped}")
+        if self.guard.gives_up:
+            progress.log("stop", step=self.num_steps_done, elapsed=round(self.elapsed, 3), finished=False, gave_up=True)
+            raise TrainingError(self._advice(step, result.skipped))
+
+    def _advice(self, step: int, reason: str) -> str:
+        skips = f"{self.guard.num_recently_skipped} of the last {self.config.guard.skip_window} steps were skipped"
+        return (
+            f"step {step}: {skips}, this one because its {reason}; the state saved at step {self.num_steps_saved} is left as "
+            f"it was. Go on from there with smaller learning rates: lrt-train --resume {self.run_folder} --lr-scale "
+            f"{self.config.optimizer.lr_scale / 2:g}; or, where the data is to blame, with a larger --max-skipped or with "
+            "--skip-deviations 0"
+        )
+
     def _report(self, progress: Progress, result: StepResult) -> None:
-        speed = self.num_tokens_done / self.elapsed
+        speed, skipped = self.num_tokens_done / self.elapsed, self.guard.num_skipped
         left = self.elapsed / self.progress - self.elapsed
-        progress.show(self.progress, self.num_steps_done, result.loss, result.bpb, speed, left)
+        progress.show(self.progress, self.num_steps_done, result.loss, result.bpb, speed, left, skipped)
         if self.num_steps_done % self.config.log_every == 0:
             progress.log(
                 "step",
                 step=self.num_steps_done,
                 tokens=self.num_tokens_done,
-                **result._asdict(),
+                loss=result.loss,
+                bpb=result.bpb,
+                grad_norm=result.grad_norm,
+                lr_scale=round(result.lr_scale, 6),
+                skipped=skipped,
                 tokens_per_second=round(speed, 1),
                 elapsed=round(self.elapsed, 3),
             )

@@ -20,6 +20,7 @@ def make_state(step: int = 3) -> TrainingState:
         model={"weight": torch.arange(4.0)},
         optimizer={"muon": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}},
         rng=torch.get_rng_state(),
+        guard={"num_skipped": 1, "losses": [2.5], "norms": [0.1], "skips": [True, False]},
     )
 
 
