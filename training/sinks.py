@@ -6,6 +6,7 @@ A sink is an object with `open`, `scalars` and `close`; `progress.py` calls it, 
 from __future__ import annotations
 
 import importlib.util
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,7 +89,7 @@ class Wandb:
 
         path = self.folder / WANDB_ID_FILE
         if not path.exists():
-            path.write_text(wandb.util.generate_id() + "\n", "utf-8")
+            path.write_text(secrets.token_hex(8) + "\n", "utf-8")
         self._run = wandb.init(
             project=self.project,
             name=self.folder.name,
