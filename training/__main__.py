@@ -18,6 +18,7 @@ import torch
 from lrt_core.checkpoint import load_config, load_tokenizer
 from lrt_core.config import RecurrenceConfig
 from lrt_core.tokenizer import Tokenizer
+from training.command import device_of
 from training.config import PRESETS, PYTHON_SOURCES, Precision, TrainingConfig
 from training.data import Corpus, load_corpus
 from training.finish import finish
@@ -142,7 +143,7 @@ def _created(options: argparse.Namespace) -> Trainer:
     corpus = _load(config)
     tokenizer = _tokenizer(config, corpus) if options.init_from is None else load_tokenizer(options.init_from)
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
-    trainer = Trainer.create(config, run, corpus, tokenizer, _command(options), _device(options.device))
+    trainer = Trainer.create(config, run, corpus, tokenizer, _command(options), device_of(options.device))
     if options.init_from is not None:
         initialize(trainer.model, options.init_from)
     return trainer
@@ -222,7 +223,7 @@ def _resumed(options: argparse.Namespace) -> Trainer:
     if given:
         raise ValueError(f"--resume goes on with the run's own settings; --{given[0].replace('_', '-')} cannot be given")
     config = _changed(load_run_config(options.resume), options)
-    trainer = Trainer.resume(options.resume, _load(config), _device(options.device), config)
+    trainer = Trainer.resume(options.resume, _load(config), device_of(options.device), config)
     if changes := shlex.join(_given_words(options, _CHANGING_SETTINGS)):
         # For the model card, which shows the file as one block.
         with (options.resume / COMMAND_FILE).open("a", encoding="utf-8") as commands:
@@ -253,16 +254,6 @@ def _stopping_on_signals(trainer: Trainer) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: no such kind of device") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: no CUDA device can be used here")
-    return device
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def test_a_recurrent_checkpoint(data: Path, tmp_path: Path, capsys: pytest.Captu
     assert [path.name for path in sorted((tmp_path / "plots").iterdir())] == ["gates.png", "passes.png", "positions.png"]
     printed = capsys.readouterr().out
     assert f"sequential bpb      {results['sequential_bpb']:.4f}  (as served; by refinement)" in printed
+    assert "residual by pass    1.0e+00  " in printed
     assert "layer 2 " in printed
 
 
@@ -79,6 +80,7 @@ def test_what_does_not_settle_is_decoded(data: Path, checkpoint: Path) -> None:
         (["--chunk-len", "4"], "--chunk-len is an option of chunked, not of interleaved"),
         (["--tolerance", "0"], "--tolerance must lie between 0 and 1"),
         (["--task-len", "3"], "--task-len must be at least 4"),
+        (["--device", "abacus"], "--device abacus: no such kind of device"),
     ],
 )
 def test_errors(arguments: list[str], message: str, data: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
