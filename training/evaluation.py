@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         action="append",
         metavar="SOURCE",
-        help=f"a file or folder of text, as lrt-train takes; repeatable (default: what {PYTHON_SOURCES} holds out for validation)",
+        help=f"a file or folder of text, as lrt-train takes; repeatable (default: {PYTHON_SOURCES}, the part for validation)",
     )
     add("--rows", type=positive, default=32, metavar="N", help="of text, spread over the data (default %(default)s)")
     add("--sequence-len", type=positive, metavar="N", help="tokens of a row (default: the trained context)")

@@ -16,6 +16,8 @@ from lrt_core.model import LatentRecurrentTransformer
 
 _CHUNK_ELEMENTS = 1 << 19
 """Logits per chunk: two megabytes of float32, which stay in a core's cache from the product to the gradient."""
+_CHUNK_ELEMENTS_OF_A_DEVICE = 1 << 26
+"""On anything but a CPU: 256 megabytes, so that products are large enough to keep it busy."""
 
 
 IGNORE = -100
@@ -95,7 +97,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    size = max(1, _CHUNK_ELEMENTS // len(weight))
+    elements = _CHUNK_ELEMENTS if hidden.device.type == "cpu" else _CHUNK_ELEMENTS_OF_A_DEVICE
+    size = max(1, elements // len(weight))
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 
