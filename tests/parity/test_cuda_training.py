@@ -78,7 +78,7 @@ def test_losses_under_bfloat16_autocast(name: str) -> None:
     losses.total.backward()  # type: ignore[no-untyped-call]
     for one, other in zip(losses.passes, expected, strict=True):
         assert one.token_losses.dtype == torch.float32
-        assert float(one.token_losses.mean()) == pytest.approx(float(other.mean()), rel=0.02)
+        assert one.token_losses.mean().item() == pytest.approx(other.mean().item(), rel=0.02)
     gradients = [weight.grad for weight in there.parameters() if weight.grad is not None]
     assert all(gradient.dtype == torch.float32 and bool(gradient.isfinite().all()) for gradient in gradients)
 
@@ -149,7 +149,9 @@ def test_lrt_eval(tmp_path: Path, variant: str) -> None:
     for key in ("sequential_bpb", "merged_bpb", "parallel_bpb"):
         assert there[key] == pytest.approx(here[key], rel=1e-4), key
     assert there["sequential_method"] == here["sequential_method"]
-    assert there["contraction"] == pytest.approx(here["contraction"], rel=0.05)
+    assert (there["contraction"] is None) == (here["contraction"] is None) == (variant == "plain")
+    if here["contraction"] is not None:
+        assert there["contraction"] == pytest.approx(here["contraction"], rel=0.05)
     for name, task in here["tasks"].items():
         assert there["tasks"][name]["loss"] == pytest.approx(task["loss"], rel=1e-3)
     for one, other in zip(there["layers"], here["layers"], strict=True):
