@@ -2,9 +2,10 @@
 
 The rule, over the last `skip_window` accepted steps, from the `MIN_HISTORY`th on:
 a loss explodes when it lies above their mean by more than `skip_deviations` standard deviations and by more than `skip_nats`;
-a gradient norm when it lies above their mean by more than `skip_deviations` standard deviations and is more than `skip_ratio`
-times the mean. Both parts must hold: the first alone would stop a quiet run at its first hard text, the second alone a
-noisy one. A run ends when more than `max_skipped` of its last `skip_window` steps, in a row or not, were skipped.
+a gradient norm when it lies above their mean by more than `skip_deviations` standard deviations, is more than `skip_ratio`
+times the mean, and is clipped (below that a step is no larger than any). All parts must hold: the first alone would stop a
+quiet run at its first hard text, the second alone a noisy one. A run ends when more than `max_skipped` of its last
+`skip_window` steps, in a row or not, were skipped.
 
 The guard sees plain numbers. Where several processes train one model they must agree, so each must be told the same numbers
 (the loss averaged over all, the norm of the whole gradient). Neighbour: `trainer.py`, which asks before every optimizer step.
@@ -53,7 +54,7 @@ _HELP = {
     "skip_window": ("N", "accepted steps that a step's loss and gradient norm are compared with"),
     "skip_deviations": ("K", "skip a step above their mean by more than K standard deviations; 0: only what is not finite"),
     "skip_nats": ("X", "and whose loss is above their mean by more than X"),
-    "skip_ratio": ("X", "or whose gradient norm is more than X times their mean"),
+    "skip_ratio": ("X", "or whose gradient norm is clipped and more than X times their mean"),
     "max_skipped": ("M", "end the run when more than M of the last N steps were skipped"),
 }
 
@@ -83,10 +84,13 @@ class Level(NamedTuple):
 
 
 class Guard:
-    """The running levels of one run. `judge` decides on a step, `record` takes the decision in."""
+    """The running levels of one run. `judge` decides on a step, `record` takes the decision in.
 
-    def __init__(self, config: GuardConfig) -> None:
-        self.config = config
+    clip_norm: what gradients are clipped to; a smaller norm does not explode.
+    """
+
+    def __init__(self, config: GuardConfig, clip_norm: float = 0.0) -> None:
+        self.config, self.clip_norm = config, clip_norm
         self.num_skipped = 0
         """Over the whole run."""
         window = config.skip_window
@@ -105,7 +109,8 @@ class Guard:
         if loss > level.mean + max(config.skip_deviations * level.deviation, config.skip_nats):
             return f"loss {loss:.4g} explodes ({level} over {len(self._losses)} steps)"
         level = Level.of(self._norms)
-        if grad_norm > max(level.mean + config.skip_deviations * level.deviation, config.skip_ratio * level.mean):
+        bounds = (level.mean + config.skip_deviations * level.deviation, config.skip_ratio * level.mean, self.clip_norm)
+        if grad_norm > max(bounds):
             return f"gradient norm {grad_norm:.4g} explodes ({level} over {len(self._norms)} steps)"
         return ""
 

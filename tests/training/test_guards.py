@@ -55,6 +55,9 @@ def test_a_norm_explodes_by_deviations_and_ratio() -> None:
     assert accustomed().judge(2.0, 2.01) == "gradient norm 2.01 explodes (0.5 ± 0.02 over 16 steps)"
     wide = accustomed(replace(CONFIG, skip_deviations=100.0))
     assert wide.judge(2.0, 2.4) == "" and wide.judge(2.0, 2.6)
+    clipped = Guard(CONFIG, clip_norm=3.0)
+    clipped.load_state_dict(accustomed().state_dict())
+    assert clipped.judge(2.0, 2.99) == "" and clipped.judge(2.0, 3.01)
 
 
 def test_nothing_explodes_before_there_is_a_level_nor_when_told_not_to() -> None:
