@@ -22,7 +22,7 @@ from lrt_core.tokenizer import Tokenizer
 from training import evaluation_plots
 from training.command import device_of, positive, status_of
 from training.config import PYTHON_SOURCES, TrainingConfig
-from training.data import TEXT_CHARACTERS, load_corpus, read_texts
+from training.data import load_corpus, read_texts
 from training.evaluate import bits_per_byte, parallel_bpb, sequential_bpb
 from training.measures import contraction, late_minus_early, layer_diagnostics, pack_rows, position_buckets, refined_losses
 from training.probes import TASKS, ordinary_ids, score
@@ -93,8 +93,8 @@ def _texts(sources: list[str] | None) -> list[str]:
     """Of the sources; without them the documents that a run on this machine's Python files does not train on."""
     if sources is not None:
         return read_texts(sources)
-    fraction = TrainingConfig.validation_fraction
-    return [document.text for document in load_corpus((PYTHON_SOURCES,), fraction, TEXT_CHARACTERS).validation]
+    corpus = load_corpus((PYTHON_SOURCES,), TrainingConfig.validation_fraction, piece_characters=1 << 20)
+    return [document.text for document in corpus.validation]
 
 
 def evaluate(model: LatentRecurrentTransformer, tokenizer: Tokenizer, rows: Tensor, args: argparse.Namespace) -> dict[str, Any]:
