@@ -1,6 +1,6 @@
-"""What the commands of this package share: a type of argument, and how they end: with a status and a line that says why.
+"""What the commands of this package share: arguments, and how they end: with a status and a line that says why.
 
-Neighbours: `evaluation.py` and `bench.py` run so.
+Neighbours: `evaluation.py` and `bench.py` run so; `__main__.py` takes the device from here.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+
+import torch
 
 
 def status_of(name: str, work: Callable[[], None]) -> int:
@@ -28,3 +30,16 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a `--device` flag; ValueError where there is none of that name."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: no such kind of device") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no CUDA device can be used here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return device

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from lrt_core.config import ModelConfig, RecurrenceConfig
+from training.guards import GuardConfig
 from training.schedules import Schedule
 from training.schedules.registry import bind, entry
 
@@ -36,7 +37,8 @@ class OptimizerConfig:
     """Learning rates per kind of weight, for hidden size 768; all but the matrices' grow with (hidden_size / 768)^-0.5.
 
     matrix_lr: attention, MLP and memory projections (Muon). embedding_lr: token and value embeddings. gate_lr: the gates'
-    small matrices. scale_lr: embedding_scale and memory_scale; residual_scale takes a hundredth of it.
+    small matrices. scale_lr: embedding_scale and memory_scale; residual_scale takes a hundredth of it. lr_scale: a factor on
+    all of them, which a run may change when it is resumed.
     """
 
     matrix_lr: float = 0.03
@@ -46,12 +48,14 @@ class OptimizerConfig:
     scale_lr: float = 0.1
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    lr_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
             _require(isinstance(value, (int, float)) and value >= 0, f"optimizer.{one.name} must be at least 0, got {value!r}")
-        _require(self.clip_norm > 0, f"optimizer.clip_norm must be above 0, got {self.clip_norm}")
+        for name in ("clip_norm", "lr_scale"):
+            _require(0 < getattr(self, name) < math.inf, f"optimizer.{name} must be above 0, got {getattr(self, name)}")
 
     def scaled(self, factor: float) -> OptimizerConfig:
         """The same with every learning rate times `factor`, which is above 0."""
@@ -79,6 +83,7 @@ class TrainingConfig:
     compile: torch.compile of what a layer does beside attention. recompute: activation checkpointing: less memory, more time.
     batch_size: rows of `model.sequence_len` tokens per step; accumulate: in so many parts, one after the other, on each rank.
     eval_rows: rows of each evaluation. *_every: in steps. keep_last, keep_best: which saved states stay (`state.py`).
+    guard: which steps are skipped, see `guards.py`.
     """
 
     model: ModelConfig
@@ -107,6 +112,7 @@ class TrainingConfig:
     compile: bool = False
     recompute: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -158,14 +164,18 @@ class TrainingConfig:
         """The inverse of `to_dict`; an unknown or missing key is a TrainingConfigError that names it."""
         _check_keys(cls, "run", data)
         _check_keys(OptimizerConfig, "optimizer", data["optimizer"])
+        _check_keys(GuardConfig, "guard", data["guard"])
         values = dict(data)
         values["model"] = ModelConfig.from_dict(data["model"])
         values["optimizer"] = OptimizerConfig(**data["optimizer"])
+        values["guard"] = GuardConfig(**data["guard"])
         values["data"] = tuple(data["data"])
         return cls(**values)
 
 
-def _check_keys(cls: type[TrainingConfig] | type[OptimizerConfig], owner: str, data: dict[str, Any]) -> None:
+def _check_keys(
+    cls: type[TrainingConfig] | type[OptimizerConfig] | type[GuardConfig], owner: str, data: dict[str, Any]
+) -> None:
     known = {one.name for one in fields(cls)}
     unknown, missing = sorted(set(data) - known), sorted(known - set(data))
     _require(not unknown, f"unknown {owner} setting(s): {', '.join(unknown)}")

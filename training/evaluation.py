@@ -1,4 +1,4 @@
-"""`lrt-eval CHECKPOINT --data TEXT`: how well a model predicts text, in parallel and as served, and what its recurrence does.
+"""`lrt-eval CHECKPOINT`: how well a model predicts text, in parallel and as served, and what its recurrence does.
 
 Sequential figures are those of the true recurrence, read in parallel passes to a tolerance and checked against decoding
 token by token on some rows. Neighbours: `measures.py`, `probes.py`, `evaluate.py` measure; `evaluation_plots.py` draws.
@@ -20,8 +20,9 @@ from lrt_core.checkpoint import load_model, load_tokenizer
 from lrt_core.model import LatentRecurrentTransformer
 from lrt_core.tokenizer import Tokenizer
 from training import evaluation_plots
-from training.command import positive, status_of
-from training.data import read_texts
+from training.command import device_of, positive, status_of
+from training.config import PYTHON_SOURCES, TrainingConfig
+from training.data import load_corpus, read_texts
 from training.evaluate import bits_per_byte, parallel_bpb, sequential_bpb
 from training.measures import contraction, late_minus_early, layer_diagnostics, pack_rows, position_buckets, refined_losses
 from training.probes import TASKS, ordinary_ids, score
@@ -47,9 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--data",
         action="append",
-        required=True,
         metavar="SOURCE",
-        help="a file or folder of text, as lrt-train takes; repeatable",
+        help=f"a file or folder of text, as lrt-train takes; repeatable (default: {PYTHON_SOURCES}, the part for validation)",
     )
     add("--rows", type=positive, default=32, metavar="N", help="of text, spread over the data (default %(default)s)")
     add("--sequence-len", type=positive, metavar="N", help="tokens of a row (default: the trained context)")
@@ -75,12 +75,10 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"--tolerance must lie between 0 and 1, got {args.tolerance:g}")
     if args.task_len < 4:
         raise ValueError(f"--task-len must be at least 4, got {args.task_len}")
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: no CUDA device can be used here")
-    model = load_model(args.checkpoint, dtype=torch.float32, device=args.device)
+    model = load_model(args.checkpoint, dtype=torch.float32, device=device_of(args.device))
     tokenizer = load_tokenizer(args.checkpoint)
     length = args.sequence_len or model.config.sequence_len
-    rows = pack_rows(read_texts(args.data), tokenizer, length, args.rows).to(model.device)
+    rows = pack_rows(_texts(args.data), tokenizer, length, args.rows).to(model.device)
     results = evaluate(model, tokenizer, rows, args)
     for line in table(results):
         print(line)
@@ -89,6 +87,14 @@ def _run(args: argparse.Namespace) -> None:
     if args.plots is not None:
         for path in evaluation_plots.draw(results, args.plots):
             print(path)
+
+
+def _texts(sources: list[str] | None) -> list[str]:
+    """Of the sources; without them the documents that a run on this machine's Python files does not train on."""
+    if sources is not None:
+        return read_texts(sources)
+    corpus = load_corpus((PYTHON_SOURCES,), TrainingConfig.validation_fraction, piece_characters=1 << 20)
+    return [document.text for document in corpus.validation]
 
 
 def evaluate(model: LatentRecurrentTransformer, tokenizer: Tokenizer, rows: Tensor, args: argparse.Namespace) -> dict[str, Any]:
@@ -166,6 +172,7 @@ def table(results: dict[str, Any]) -> list[str]:
     if results["contraction"] is not None:
         rest, passes = results["contraction"], len(results["residuals"])
         lines.append(f"contraction         {rest:.3f}  (a pass shrinks errors {1 / rest:.2f} times; {passes} passes)")
+        lines.append("residual by pass    " + "  ".join(f"{residual:.1e}" for residual in results["residuals"]))
     context = results["in_context"]
     quarters = f"first quarter {context['early']:.4f}, last {context['late']:.4f}"
     lines.append(f"late minus early    {context['late_minus_early']:+.4f} nats ({quarters})")

@@ -1,45 +1,95 @@
-"""What a run shows while it works: a bar on a terminal, JSON lines in a file. Neighbour: `trainer.py`."""
+"""What a run shows while it works: a bar on a terminal, JSON lines in a file, and figures for further sinks.
+
+Neighbours: `trainer.py` reports to it, `sinks.py` has TensorBoard and Weights & Biases.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
+from training.sinks import Sink
+
+_GROUPS = {"step": "train", "evaluation": "validation"}
+"""Events whose numbers are figures for the sinks, and the group that they stand in there."""
+
 
 class Progress:
-    """Bar and log of one run; use as a context manager. The bar appears on a terminal only."""
+    """Bar, log and sinks of one run that begins or goes on at `step`; use as a context manager.
 
-    def __init__(self, log: Path) -> None:
+    The bar appears on a terminal only. A sink that fails is named once and gets nothing more; the run goes on.
+    """
+
+    def __init__(self, log: Path, sinks: Sequence[Sink] = (), step: int = 0) -> None:
         self._log = log.open("a", encoding="utf-8")
         self._bar: tqdm[Any] = tqdm(
             total=100.0, disable=None, file=sys.stderr, bar_format="{percentage:5.1f}%|{bar:30}|{postfix}", leave=True
         )
+        self._sinks: list[Sink] = list(sinks)
+        for sink in sinks:
+            self._try(sink, lambda sink: sink.open(step))
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for sink in list(self._sinks):
+            self._try(sink, lambda sink: sink.close())
         self._bar.close()
         self._log.close()
 
     def log(self, event: str, **values: Any) -> None:
-        """Append one line and flush it, so that the file can be followed."""
-        self._log.write(json.dumps({"event": event, **values}) + "\n")
-        self._log.flush()
+        """Append one line and flush it, so that the file can be followed; numbers that are not finite are null there.
 
-    def show(self, fraction: float, step: int, loss: float, bpb: float, tokens_per_second: float, seconds_left: float) -> None:
-        """Move the bar to `fraction` of the run."""
+        The numbers of steps and evaluations go to the sinks as well, as of their `step`.
+        """
+        line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+        self._log.write(json.dumps({"event": event, **line}, allow_nan=False) + "\n")
+        self._log.flush()
+        if event in _GROUPS and self._sinks:
+            step, figures = values["step"], _figures(_GROUPS[event], values)
+            for sink in list(self._sinks):
+                self._try(sink, lambda sink: sink.scalars(step, figures))
+
+    def _try(self, sink: Sink, work: Callable[[Sink], None]) -> None:
+        """Run `work` on the sink; should it raise, say so and do without the sink from then on."""
+        try:
+            work(sink)
+        except Exception as error:
+            self._sinks.remove(sink)
+            self.log("sink_failed", sink=sink.name, error=f"{type(error).__name__}: {error}")
+            self.say(f"lrt-train: warning: {sink.name} failed and is off from here on: {type(error).__name__}: {error}")
+
+    def show(
+        self,
+        fraction: float,
+        step: int,
+        loss: float,
+        bpb: float,
+        tokens_per_second: float,
+        seconds_left: float,
+        skipped: int = 0,
+    ) -> None:
+        """Move the bar to `fraction` of the run; skipped: steps so far."""
         self._bar.n = round(100 * fraction, 1)
         left = tqdm.format_interval(seconds_left)
+        lost = f" {skipped} skipped" if skipped else ""
         self._bar.set_postfix_str(
-            f" step {step} loss {loss:.3f} bpb {bpb:.3f} {tokens_per_second:,.0f} tok/s {left} left", refresh=True
+            f" step {step} loss {loss:.3f} bpb {bpb:.3f}{lost} {tokens_per_second:,.0f} tok/s {left} left", refresh=True
         )
 
     def say(self, text: str) -> None:
         """A line for the reader, above the bar."""
         tqdm.write(text, file=sys.stderr)
+
+
+def _figures(group: str, values: dict[str, Any]) -> dict[str, float]:
+    """The numbers among the values, by the names that sinks know."""
+    return {f"{group}/{key}": value for key, value in values.items() if key != "step" and type(value) in (int, float)}

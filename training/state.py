@@ -48,14 +48,15 @@ class TrainingState:
     """A state beside its tensors, plain data.
 
     step: optimizer steps done; elapsed: seconds of training so far; position: next token of the data (`packing.Position`).
-    data_fingerprint tells whether the corpus is still the one that `position` points into. bpb: of the validation rows, None
-    where they were not evaluated at this step.
+    data_fingerprint tells whether the corpus is still the one that `position` points into. guard: `Guard.state_dict`. bpb: of
+    the validation rows, None where they were not evaluated at this step.
     """
 
     step: int
     elapsed: float
     position: dict[str, Any]
     data_fingerprint: str
+    guard: dict[str, Any]
     bpb: float | None = None
 
 

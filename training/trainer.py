@@ -1,8 +1,8 @@
-"""The training loop: batch, schedule, backward, clip, finite check, optimizer; log, evaluate, save; on one or several ranks.
+"""The training loop: batch, schedule, backward, clip, guard, optimizer; log, evaluate, save; on one or several ranks.
 
 A run lives in its own folder (`state.py` says what lies there) and stops only between steps, with its state saved, so that
 resuming repeats nothing and loses nothing. Several ranks share a batch's rows, agree on its loss, on the time and on when
-to stop, and train as one process would. Neighbours: `config.py`, `packing.py`, `optimizer.py`, `evaluate.py`,
+to stop, and train as one process would. Neighbours: `config.py`, `packing.py`, `optimizer.py`, `guards.py`, `evaluate.py`,
 `distributed.py`, `finish.py`, which makes a checkpoint of the result.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrt_core.files import read_json, write_json, write_text
+from lrt_core.files import write_json
 from lrt_core.hardware import has_fast_bf16
 from lrt_core.model import LatentRecurrentTransformer, Layer
 from lrt_core.tokenizer import Tokenizer
@@ -26,21 +27,20 @@ from training.config import Precision, TrainingConfig
 from training.data import Corpus, ShardedCorpus
 from training.distributed import ALONE, Ranks, Silent, clip_gradients
 from training.evaluate import merge, parallel_bpb, text_sums
+from training.guards import Guard
 from training.initial import initialize
 from training.optimizer import Optimizer, lr_scale
 from training.packing import Packer, Position, evaluation_rows
 from training.progress import Progress
+from training.run_folder import load_run_config, load_run_tokenizer, write_settings
 from training.schedules.losses import count_targets, part_of
+from training.sinks import Sink
 from training.state import (
-    COMMAND_FILE,
     CONFIG_FILE,
     LOG_FILE,
-    TOKENIZER_FOLDER,
-    StateError,
     TrainingState,
     Which,
     best_bpb,
-    has_states,
     load_state,
     save_state,
 )
@@ -51,11 +51,16 @@ class TrainingError(ValueError):
 
 
 class StepResult(NamedTuple):
-    """loss: mean over the forwards, nats per token; bpb: of the merged forwards; grad_norm: before clipping."""
+    """loss: mean over the forwards, nats per token; bpb: of the merged forwards; grad_norm: before clipping.
+
+    lr_scale: factor on the learning rates. skipped: why no weight was changed, "" for a step that was taken.
+    """
 
     loss: float
     bpb: float
     grad_norm: float
+    lr_scale: float
+    skipped: str = ""
 
 
 class Trainer:
@@ -94,6 +99,7 @@ class Trainer:
             self.model.to(self.device)
         muon_dtype = torch.bfloat16 if uses_bfloat16(config.precision, self.device) else torch.float32
         self.optimizer = Optimizer(self.model, config.optimizer, muon_dtype)
+        self.guard = Guard(config.guard, config.optimizer.clip_norm)
         self.packer = Packer(corpus.train, tokenizer, config.model.sequence_len, config.batch_size, config.seed)
         rows = evaluation_rows(corpus.validation, tokenizer, config.model.sequence_len, config.eval_rows)
         self.eval_rows = rows.to(self.device)
@@ -128,16 +134,20 @@ class Trainer:
         sharded: bool = False,
         which: Which = "last",
         accumulate: int | None = None,
+        config: TrainingConfig | None = None,
     ) -> Trainer:
         """The run as it was saved last, or best; on other ranks, sharded or not, and in other parts than before as it comes.
 
-        Damaged states are passed over and named in `damaged_states`; StateError or CheckpointError when nothing is left.
+        config: the run's own with other learning rates or guards, which the run keeps from here on. Damaged states are passed
+        over and named in `damaged_states`; StateError or CheckpointError when nothing is left.
         """
-        config = load_run_config(run)
-        config = replace(config, accumulate=accumulate or config.accumulate)
-        tokenizer = load_run_tokenizer(run)
-        trainer = cls(config, run, corpus, tokenizer, device, ranks=ranks, sharded=sharded)
+        stored = load_run_config(run)
+        kept = config or stored
+        parts = replace(kept, accumulate=accumulate or kept.accumulate)
+        trainer = cls(parts, run, corpus, load_run_tokenizer(run), device, ranks=ranks, sharded=sharded)
         trainer._restore(which)
+        if kept != stored:
+            ranks.on_first(lambda: write_json(run / CONFIG_FILE, kept.to_dict()))
         return trainer
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -152,10 +162,13 @@ class Trainer:
         tensors = self._tensors()
         state, self.damaged_states = load_state(self.run_folder, tensors, self.ranks, which)
         self.num_steps_done, self.elapsed, self._saved_step = state.step, state.elapsed, state.step
+        self.guard.load_state_dict(state.guard)
         self.data_changed = state.data_fingerprint != self.corpus.fingerprint()
         position = Position.from_dict(state.position)
         # A position counts documents; among others it means nothing, so changed data begins a new epoch.
         self.packer.position = Position(position.epoch + 1) if self.data_changed else position
+        if self.data_changed:
+            self.guard.forget()
         torch.set_rng_state(tensors["rng"])
 
     data_changed = False
@@ -174,21 +187,21 @@ class Trainer:
         return min(1.0, max(by_steps, by_time))
 
     def step(self) -> StepResult:
-        """One optimizer step; TrainingError, with the weights untouched, when loss or gradient is not finite."""
+        """One optimizer step; or, where the guard objects, a batch that changes no weight and counts for no step."""
         started = time.monotonic()
         in_warmdown = self.progress >= 1.0 - self.config.warmdown
         self.packer.cut_share = self.config.prompt_cuts if in_warmdown else 0.0
         loss, nats, num_bytes = self._gradients(*self.packer.batch(self.ranks.rows(self.config.batch_size)))
-        norm = clip_gradients(self.model, self.config.optimizer.clip_norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(
-                f"step {self.num_steps_done + 1}: loss {loss}, gradient norm {norm}: not finite, the weights were left as "
-                "they were; resume from the last saved state with smaller learning rates"
-            )
-        self.optimizer.step(lr_scale(self._progress_of_next(), self.config.warmup, self.config.warmdown))
-        self.num_steps_done += 1
+        norm, scale = clip_gradients(self.model, self.config.optimizer.clip_norm), self._lr_scale()
+        skipped = self.guard.judge(loss, norm)
+        self.guard.record(loss, norm, bool(skipped))
+        if skipped:
+            self.model.zero_grad(set_to_none=True)
+        else:
+            self.optimizer.step(scale)
+            self.num_steps_done += 1
         self.elapsed += time.monotonic() - started
-        return StepResult(loss, nats / (math.log(2) * num_bytes), norm)
+        return StepResult(loss, nats / (math.log(2) * num_bytes), norm, scale, skipped)
 
     def _gradients(self, tokens: Tensor, targets: Tensor) -> list[float]:
         """Leave the whole batch's gradients in the model, from this rank's rows [B, T] of it in `accumulate` parts.
@@ -222,9 +235,10 @@ class Trainer:
 
             reshard(self.model)
 
-    def _progress_of_next(self) -> float:
-        """Progress at the middle of the coming step, so that neither the first nor the last step has rate zero."""
-        return min(1.0, self.progress + 0.5 / self.config.num_steps)
+    def _lr_scale(self) -> float:
+        """Of the coming step, by the progress at its middle, so that neither the first nor the last step has rate zero."""
+        progress = min(1.0, self.progress + 0.5 / self.config.num_steps)
+        return self.config.optimizer.lr_scale * lr_scale(progress, self.config.warmup, self.config.warmdown)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of forwards and backwards."""
@@ -248,14 +262,19 @@ class Trainer:
             elapsed=self.elapsed,
             position=self.packer.position.to_dict(),
             data_fingerprint=self.corpus.fingerprint(),
+            guard=self.guard.state_dict(),
             bpb=bpb if step == self.num_steps_done and math.isfinite(bpb) else None,
         )
         save_state(self.run_folder, state, self._tensors(), self.ranks, self.config.keep_last, self.config.keep_best)
         self._saved_step = self.num_steps_done
 
-    def run(self) -> bool:
-        """Train to the end, or until `stop_requested` is set; the state is saved either way. True when the end was reached."""
-        with Progress(self.run_folder / LOG_FILE) if self.ranks.is_first else Silent() as progress:
+    def run(self, sinks: Sequence[Sink] = ()) -> bool:
+        """Train to the end, or until `stop_requested` is set; the state is saved either way. True when the end was reached.
+
+        sinks: of the first rank. TrainingError when too many steps had to be skipped; the state saved last is left as it is.
+        """
+        log = self.run_folder / LOG_FILE
+        with Progress(log, sinks, self.num_steps_done) if self.ranks.is_first else Silent() as progress:
             progress.log(
                 "start",
                 step=self.num_steps_done,
@@ -264,9 +283,15 @@ class Trainer:
                 ranks=self.ranks.size,
                 damaged_states=self.damaged_states,
             )
+            if self.num_steps_done == 0:
+                self.save()  # so that even a run that goes wrong at once can be resumed
             while self._goes_on():
-                self._report(progress, self.step())
-                self._periodic(progress)
+                result = self.step()
+                if result.skipped:
+                    self._report_skip(progress, result)
+                else:
+                    self._report(progress, result)
+                    self._periodic(progress)
             self.save()
             progress.log("stop", step=self.num_steps_done, elapsed=round(self.elapsed, 3), finished=self.progress >= 1.0)
         return self.progress >= 1.0
@@ -277,16 +302,39 @@ class Trainer:
         self.elapsed = elapsed
         return self.progress < 1.0 and not num_stopping
 
+    def _report_skip(self, progress: Progress | Silent, result: StepResult) -> None:
+        """Log a skipped step; TrainingError when it was one too many."""
+        step, total = self.num_steps_done + 1, self.guard.num_skipped
+        values = {"loss": result.loss, "grad_norm": result.grad_norm, "reason": result.skipped}
+        progress.log("skipped", step=step, tokens=self.num_tokens_done, skipped=total, **values)
+        progress.say(f"step {step}: skipped: {result.skipped}")
+        if self.guard.gives_up:
+            progress.log("stop", step=self.num_steps_done, elapsed=round(self.elapsed, 3), finished=False, gave_up=True)
+            raise TrainingError(self._advice(step, result.skipped))
+
+    def _advice(self, step: int, reason: str) -> str:
+        skips = f"{self.guard.num_recently_skipped} of the last {self.config.guard.skip_window} steps were skipped"
+        return (
+            f"step {step}: {skips}, this one because its {reason}; the state saved at step {self._saved_step} is left as "
+            f"it was. Go on from there with smaller learning rates: lrt-train --resume {self.run_folder} --lr-scale "
+            f"{self.config.optimizer.lr_scale / 2:g}; or, where the data is to blame, with a larger --max-skipped or with "
+            "--skip-deviations 0"
+        )
+
     def _report(self, progress: Progress | Silent, result: StepResult) -> None:
-        speed = self.num_tokens_done / self.elapsed
+        speed, skipped = self.num_tokens_done / self.elapsed, self.guard.num_skipped
         left = self.elapsed / self.progress - self.elapsed
-        progress.show(self.progress, self.num_steps_done, result.loss, result.bpb, speed, left)
+        progress.show(self.progress, self.num_steps_done, result.loss, result.bpb, speed, left, skipped)
         if self.num_steps_done % self.config.log_every == 0:
             progress.log(
                 "step",
                 step=self.num_steps_done,
                 tokens=self.num_tokens_done,
-                **result._asdict(),
+                loss=result.loss,
+                bpb=result.bpb,
+                grad_norm=result.grad_norm,
+                lr_scale=round(result.lr_scale, 6),
+                skipped=skipped,
                 tokens_per_second=round(speed, 1),
                 elapsed=round(self.elapsed, 3),
             )
@@ -311,31 +359,6 @@ def _check_divisible(config: TrainingConfig, ranks: Ranks) -> None:
             f"batch_size {config.batch_size} must be a multiple of {parts}: {ranks.size} rank(s) take equal shares of a batch, "
             f"each in {config.accumulate} part(s)"
         )
-
-
-def write_settings(config: TrainingConfig, run: Path, tokenizer: Tokenizer, command: str) -> None:
-    """Begin a run's folder: all that it holds before the first state. StateError when a run lies there already."""
-    check_is_new(run)
-    (run / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(run / TOKENIZER_FOLDER)
-    write_json(run / CONFIG_FILE, config.to_dict())
-    write_text(run / COMMAND_FILE, command + "\n")
-
-
-def check_is_new(run: Path) -> None:
-    """StateError when a saved run lies in the folder."""
-    if has_states(run):
-        raise StateError(f"{run}: holds a run already; resume it or choose another folder")
-
-
-def load_run_config(run: Path) -> TrainingConfig:
-    """The configuration stored in a run's folder."""
-    return TrainingConfig.from_dict(read_json(run / CONFIG_FILE))
-
-
-def load_run_tokenizer(run: Path) -> Tokenizer:
-    """The tokenizer stored in a run's folder."""
-    return Tokenizer.from_directory(run / TOKENIZER_FOLDER)
 
 
 def prepare(model: LatentRecurrentTransformer, compile: bool, recompute: bool) -> None:

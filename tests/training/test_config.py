@@ -54,21 +54,21 @@ def test_interleaved_needs_recurrence() -> None:
         tiny_run(model={"recurrence": None}, schedule="interleaved")
 
 
-@pytest.mark.parametrize(("field", "value"), [("matrix_lr", -1.0), ("clip_norm", 0.0), ("head_lr", "fast")])
+@pytest.mark.parametrize(("field", "value"), [("matrix_lr", -1.0), ("clip_norm", 0.0), ("head_lr", "fast"), ("lr_scale", 0.0)])
 def test_bad_optimizer_values_are_named(field: str, value: Any) -> None:
     with pytest.raises(TrainingConfigError, match=f"optimizer.{field}"):
         replace(OptimizerConfig(), **{field: value})
 
 
-@pytest.mark.parametrize("owner", ["run", "optimizer"])
+@pytest.mark.parametrize("owner", ["run", "optimizer", "guard"])
 def test_unknown_and_missing_keys_are_named(owner: str) -> None:
     data = tiny_run().to_dict()
-    part = data if owner == "run" else data["optimizer"]
+    part = data if owner == "run" else data[owner]
     part["speed"] = 3
     with pytest.raises(TrainingConfigError, match=rf"unknown {owner} setting\(s\): speed"):
         TrainingConfig.from_dict(data)
     del part["speed"]
-    removed = "seed" if owner == "run" else "head_lr"
+    removed = {"run": "seed", "optimizer": "head_lr", "guard": "max_skipped"}[owner]
     del part[removed]
     with pytest.raises(TrainingConfigError, match=rf"missing {owner} setting\(s\): {removed}"):
         TrainingConfig.from_dict(data)

@@ -10,6 +10,8 @@ import pytest
 
 from lrt_core.checkpoint import save_checkpoint
 from tests.helpers import VARIANTS, contracting_model, tiny_config, tiny_model, tiny_tokenizer
+from training.config import TrainingConfig
+from training.data import Document, load_corpus
 from training.evaluation import main
 
 
@@ -44,6 +46,7 @@ def test_a_recurrent_checkpoint(data: Path, tmp_path: Path, capsys: pytest.Captu
     assert [path.name for path in sorted((tmp_path / "plots").iterdir())] == ["gates.png", "passes.png", "positions.png"]
     printed = capsys.readouterr().out
     assert f"sequential bpb      {results['sequential_bpb']:.4f}  (as served; by refinement)" in printed
+    assert "residual by pass    1.0e+00  " in printed
     assert "layer 2 " in printed
 
 
@@ -60,6 +63,23 @@ def test_another_schedule(data: Path, tmp_path: Path) -> None:
     results = evaluated(tmp_path / "model", data, "--schedule", "multi_refine", "--num-refinements", "4")
     assert len(results["parallel_bpb"]) == 5
     assert results["merged_bpb"] == results["parallel_bpb"][-1]
+
+
+def test_without_data_it_reads_what_training_holds_out(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Python files of this machine that no run on them trains on."""
+    files = [Document(f"{index}.py", f"import number_{index}\n" * 200) for index in range(300)]
+    monkeypatch.setattr("training.data.python_sources", lambda: files)
+    held_out = load_corpus(["python-sources"], TrainingConfig.validation_fraction, 1000).validation
+    assert 1 < len(held_out) < 20
+    for document in held_out:
+        (tmp_path / document.name).write_text(document.text)
+    given = [argument for document in held_out for argument in ("--data", str(tmp_path / document.name))]
+    small = ["--rows", "3", "--task-rows", "2", "--task-len", "8", "--sequence-len", "16", "--json"]
+    assert main([str(checkpoint), *small, str(tmp_path / "own.json")]) == 0
+    assert main([str(checkpoint), *given, *small, str(tmp_path / "given.json")]) == 0
+    assert (tmp_path / "own.json").read_text() == (tmp_path / "given.json").read_text()
 
 
 def test_what_does_not_settle_is_decoded(data: Path, checkpoint: Path) -> None:
@@ -79,6 +99,7 @@ def test_what_does_not_settle_is_decoded(data: Path, checkpoint: Path) -> None:
         (["--chunk-len", "4"], "--chunk-len is an option of chunked, not of interleaved"),
         (["--tolerance", "0"], "--tolerance must lie between 0 and 1"),
         (["--task-len", "3"], "--task-len must be at least 4"),
+        (["--device", "abacus"], "--device abacus: no such kind of device"),
     ],
 )
 def test_errors(arguments: list[str], message: str, data: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,39 @@ def test_skipped_records_are_reported(data: Path, tmp_path: Path, capsys: pytest
     assert "skipped 1 corrupt record(s), the first: " in capsys.readouterr().err
 
 
+def test_a_resumed_run_may_learn_more_slowly_and_skip_otherwise(data: Path, tmp_path: Path) -> None:
+    """The run keeps what it is told, and its card says so."""
+    run = tmp_path / "run"
+    assert train(data, "--run", str(run), "--steps", "1", "--lr-scale", "0.5", "--skip-window", "50") == 0
+    assert main(["--resume", str(run), "--lr-scale", "0.25", "--skip-deviations", "0", "--device", "cpu"]) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["optimizer"]["lr_scale"] == 0.25
+    assert (config["guard"]["skip_window"], config["guard"]["skip_deviations"]) == (50, 0.0)
+    card = (run / "checkpoint" / "README.md").read_text()
+    assert "--steps 1 --lr-scale 0.5 --skip-window 50\n    lrt-train --resume RUN --lr-scale 0.25 --skip-deviations 0 " in card
+
+
+def test_a_run_that_gives_up_says_how_to_go_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr("training.guards.Guard.judge", lambda *_: "loss nan is not finite")
+        assert train(data, "--run", str(run), "--max-skipped", "1") == 1
+    assert f"lrt-train --resume {run} --lr-scale 0.5; or" in capsys.readouterr().err
+    assert main(["--resume", str(run), "--lr-scale", "0.5", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("flag", [["--tensorboard"], ["--wandb", "trials"]])
+def test_missing_loggers_are_named_before_training(
+    flag: list[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, flag[0].strip("-"), None)
+    assert train(data, "--run", str(tmp_path / "run"), *flag) == 1
+    assert f"{flag[0]} needs {flag[0].strip('-')}: pip install 'lrt-server[logging]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -111,6 +145,8 @@ def test_skipped_records_are_reported(data: Path, tmp_path: Path, capsys: pytest
         (["--schedule", "multi_refine", "--loss-weights", "1,2"], "loss_weights must be 3 numbers"),
         (["--resume", "nowhere", "--chunk-len", "4"], "--chunk-len cannot be given"),
         (["--resume", "nowhere"], "config.json: file not found"),
+        (["--lr-scale", "0"], "optimizer.lr_scale must be above 0"),
+        (["--max-skipped", "100"], "max_skipped must lie below skip_window"),
         (["--resume", "nowhere", "--batch-size", "3"], "--batch-size cannot be given"),
         (["--device", "abacus"], "--device abacus: no such kind of device"),
     ],

@@ -1,4 +1,4 @@
-"""multi_refine and chunked against loops over single tokens, in float64, gradients too; finite differences; given latents."""
+"""multi_refine and chunked against loops over single tokens, in float64, gradients too; finite differences."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch import Tensor
 from lrt_core.attention import attention, visible
 from lrt_core.kv import Heads
 from lrt_core.model import LatentRecurrentTransformer
-from lrt_core.refine import refine
 from tests.helpers import VARIANTS, tiny_config, tiny_model
-from tests.training.test_schedules import RECURRENT, gradients, make_rows, reference
+from tests.training.test_schedules import RECURRENT, gradients, make_rows
 from training.schedules import Schedule
 from training.schedules.chunked import chunked
 from training.schedules.interleaved import interleaved
@@ -165,36 +164,6 @@ def test_gradients_are_finite_differences(schedule: Schedule) -> None:
 
     step = 1e-4
     assert (loss_at(step) - loss_at(-step)) / (2 * step) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("kv_refresh", [False, True])
-def test_interleaved_starts_from_given_latents(kv_refresh: bool) -> None:
-    model = tiny_model()
-    tokens, targets = make_rows(model.config.vocab_size, 10)
-    latents = torch.randn(2, 10, model.config.hidden_size, generator=torch.Generator().manual_seed(5)).requires_grad_()
-    losses = interleaved(model, tokens, targets, num_subsets=3, kv_refresh=kv_refresh, latents=latents)
-    expected = reference(model, tokens, targets, 3, kv_refresh, latents.detach())
-    torch.testing.assert_close(torch.stack([one.token_losses.mean() for one in losses.passes]), torch.stack(expected))
-    wanted = gradients(model, torch.stack(expected).mean())
-    for name, gradient in gradients(model, losses.total).items():
-        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
-    assert latents.grad is None
-
-
-def test_exact_latents_give_the_sequential_losses_at_once() -> None:
-    model = tiny_model()
-    tokens, targets = make_rows(model.config.vocab_size, 10)
-    exact = refine(model, tokens, 0.0)
-    losses = interleaved(model, tokens, targets, latents=exact.latents)
-    one_by_one = chunked(model, tokens, targets, chunk_len=1)
-    torch.testing.assert_close(losses.passes[0].token_losses, one_by_one.passes[0].token_losses)
-
-
-def test_latents_of_another_shape_are_refused() -> None:
-    model = tiny_model()
-    tokens, targets = make_rows(model.config.vocab_size, 10)
-    with pytest.raises(ValueError, match=r"latents must have the shape \[2, 10, 32\], got \[2, 9, 32\]"):
-        interleaved(model, tokens, targets, latents=torch.zeros(2, 9, 32))
 
 
 @pytest.mark.parametrize("schedule", [multi_refine, chunked, interleaved])

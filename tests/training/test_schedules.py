@@ -53,18 +53,11 @@ class WholeBuffers:
             self.keys[layer] = torch.where(unvisited[None, :, None, None], fresh, self.keys[layer])
 
 
-def reference(
-    model: LatentRecurrentTransformer,
-    tokens: Tensor,
-    targets: Tensor,
-    subsets: int,
-    refresh: bool,
-    given: Tensor | None = None,
-) -> list[Tensor]:
-    """The mean loss of every forward, refreshing after each of them; given: latents to start from."""
+def reference(model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor, subsets: int, refresh: bool) -> list[Tensor]:
+    """The mean loss of every forward, refreshing after each of them."""
     length = tokens.shape[1]
     everything = torch.arange(length)
-    start = torch.zeros(*tokens.shape, model.config.hidden_size) if given is None else shift(given)
+    start = torch.zeros(*tokens.shape, model.config.hidden_size)
     causal = CausalKV(model.config, record=True)
     hidden, latents = model(tokens, everything, start, causal)
     losses = [F.cross_entropy(model.logits(hidden).flatten(0, 1), targets.flatten())]

@@ -28,7 +28,8 @@ def make(step: int) -> tuple[TrainingState, dict[str, Tensor]]:
         "optimizer.step": torch.tensor(float(step)),
         "rng": torch.get_rng_state(),
     }
-    return TrainingState(step, 0.1 + step, position, "abc", bpb=None), tensors
+    guard = {"num_skipped": 1, "losses": [2.5], "norms": [0.1], "skips": [True, False]}
+    return TrainingState(step, 0.1 + step, position, "abc", guard, bpb=None), tensors
 
 
 def empty() -> dict[str, Tensor]:

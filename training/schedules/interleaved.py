@@ -15,7 +15,7 @@ from torch import Tensor
 from lrt_core.kernels import rope_norm
 from lrt_core.kv import BufferedKV, CausalKV, Heads
 from lrt_core.memory import ZERO_MEMORY, shift
-from lrt_core.model import LatentRecurrentTransformer, make_rope
+from lrt_core.model import LatentRecurrentTransformer, make_rope, stream_dtype
 from training.schedules.losses import Losses, PassLosses, mean_of_passes, token_losses
 from training.schedules.registry import check_model, schedule
 
@@ -34,14 +34,32 @@ def interleaved(
 
     Subset i reads the latest latents shifted by one; its fresh keys and values replace the buffered ones, its latents the
     earlier ones. `kv_refresh` re-projects the keys and values of positions not visited yet from the latest latents.
-    latents [B, T, D]: of a rollout, say; the first forward then reads them, shifted and detached, instead of zeros, so that the
-    buffers start near what decoding saw. ValueError for a model without recurrence, a sequence shorter than S or latents of
-    another shape.
+
+    latents [B, T, D], in place of the zero memory: those of a rollout, as reinforcement learning has them. The first forward's
+    memory is then shift(latents), so position t reads the latent of t-1 as it did when the text was sampled, and the buffers'
+    keys, values and latents come from this forward, not from the latents given. With the latents of exact decoding by the same
+    weights every forward has the sequential losses. No gradient flows into them; the forwards' own latents carry
+    gradients as ever.
+
+    A server's `/v1/completions` gives them for `"latents": "all"`, together with the ids: one row for every token of prompt and
+    output but the last, which are the positions that have a target. To weigh a rollout's tokens, weigh every forward's losses::
+
+        ids = [*prompt_ids, *output_ids]
+        data = base64.b64decode(choice["latents"]["data"])
+        rows = torch.frombuffer(bytearray(data), dtype=torch.float32).view(1, *choice["latents"]["shape"])
+        tokens, targets = torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])
+        weights = torch.zeros(1, len(ids) - 1)
+        weights[:, len(prompt_ids) - 1 :] = advantage        # of the targets that were sampled
+        losses = interleaved(model, tokens, targets, latents=rows)
+        means = [(weights[:, one.positions] * one.token_losses).mean() for one in losses.passes]
+        torch.stack(means).mean().backward()
+
+    ValueError for a model without recurrence, a sequence shorter than S, or latents of another shape or that are not finite.
     """
     _check(model, tokens, num_subsets, latents)
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     first = CausalKV(model.config, record=True, recompute=model.recompute)
-    given = None if latents is None else shift(latents.detach())
+    given = None if latents is None else shift(latents.detach().to(model.device, stream_dtype(model.dtype)))
     hidden, new = model(tokens, positions, ZERO_MEMORY if given is None else given, first)
     assert first.recorded is not None
     buffer = BufferedKV(model.config, first.recorded, num_subsets, recompute=model.recompute)
@@ -64,6 +82,8 @@ def _check(model: LatentRecurrentTransformer, tokens: Tensor, num_subsets: int, 
     wanted = (*tokens.shape, model.config.hidden_size)
     if latents is not None and latents.shape != wanted:
         raise ValueError(f"latents must have the shape {list(wanted)}, got {list(latents.shape)}")
+    if latents is not None and not bool(latents.isfinite().all()):
+        raise ValueError("latents must be finite")
 
 
 def _memory_of(subset: int, latest: list[Tensor]) -> Tensor:
