@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
         share, start = _share(rows, dist.get_world_size(group)), dist.get_rank(group)
         padded, whole = matrix.new_zeros(share, columns), matrix.new_empty(share * dist.get_world_size(group), columns)
         padded[: len(matrix)] = matrix
-        dist.all_gather(list(whole.split(share)), padded, group=group)
+        dist.all_gather(list(torch.split(whole, share)), padded, group=group)
         return orthogonalize(whole[:rows], self.dtype)[start * share :][: len(matrix)]
 
 
