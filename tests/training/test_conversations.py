@@ -194,7 +194,7 @@ def test_a_model_learns_to_answer(variant: str, tmp_path: Path, monkeypatch: pyt
     answers = {"the red one?": "on the red import", "the end?": "here in self"}
     first, second = (asked(*pair) for pair in answers.items())
     data = write(tmp_path / "data.jsonl", [first, asked("other", "other"), second])  # the second's name makes it validate
-    given = ["--chat", "--init-from", str(source), "--data", str(data), "--run", str(tmp_path / "run"), "--steps", "110"]
+    given = ["--chat", "--init-from", str(source), "--data", str(data), "--run", str(tmp_path / "run"), "--steps", "90"]
     assert main([*given, "--batch-size", "2", "--device", "cpu", "--precision", "float32"]) == 0
     directory = tmp_path / "run" / "checkpoint"
     assert load_config(directory) == load_config(source)
