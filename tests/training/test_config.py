@@ -42,6 +42,7 @@ def test_json_round_trip(name: str) -> None:
         ),
         ("num_subsets", "two", "num_subsets must be of type int, got 'two'"),
         ("compile", 1, "compile must be true or false"),
+        ("chat", True, "prompt_cuts must be 0 for conversations, got 0.05"),
     ],
 )
 def test_bad_values_are_named(field: str, value: Any, message: str) -> None:
@@ -58,6 +59,14 @@ def test_interleaved_needs_recurrence() -> None:
 def test_bad_optimizer_values_are_named(field: str, value: Any) -> None:
     with pytest.raises(TrainingConfigError, match=f"optimizer.{field}"):
         replace(OptimizerConfig(), **{field: value})
+
+
+def test_learning_rates_scale_together() -> None:
+    rates = OptimizerConfig(weight_decay=0.5).scaled(0.1)
+    assert (rates.matrix_lr, rates.scale_lr) == pytest.approx((0.003, 0.01))
+    assert (rates.weight_decay, rates.clip_norm) == (0.5, 1.0)
+    with pytest.raises(TrainingConfigError, match="scaled by more than 0, got 0"):
+        rates.scaled(0)
 
 
 @pytest.mark.parametrize("owner", ["run", "optimizer", "guard"])

@@ -14,10 +14,11 @@ import torch
 
 from lrt_core.chat import ChatTemplate
 from lrt_core.checkpoint import load_config, load_model, load_tokenizer, save_checkpoint
+from lrt_core.model import LatentRecurrentTransformer
 from server.api.app import create_app
 from server.api.service import Service
 from server.engine.loader import LoadOptions, load_engine
-from tests.helpers import VARIANTS, tiny_config, tiny_model, tiny_tokenizer
+from tests.helpers import VARIANTS, tiny_config, tiny_tokenizer
 from tests.training.helpers import tiny_run
 from training.__main__ import main
 from training.data import DataError, ShardedCorpus
@@ -185,13 +186,15 @@ def ask(directory: Path, question: str) -> dict[str, Any]:
 @pytest.mark.parametrize("variant", ["layerwise", "plain"])
 def test_a_model_learns_to_answer(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain stays plain, recurrent stays recurrent, and both say in a chat what they were taught, then end their turn."""
-    monkeypatch.setattr("training.__main__.CHAT_LR_SCALE", 1.0)  # so that random weights learn in seconds
+    monkeypatch.setattr("training.__main__.CHAT_LR_SCALE", 1.0)  # so that fresh weights learn in seconds
     source = tmp_path / "source"
-    save_checkpoint(source, tiny_model(tiny_config(**VARIANTS[variant], sequence_len=40)), TOKENIZER)
+    model = LatentRecurrentTransformer(tiny_config(**VARIANTS[variant], sequence_len=40))
+    model.init_weights(torch.Generator().manual_seed(0))
+    save_checkpoint(source, model, TOKENIZER)
     answers = {"the red one?": "on the red import", "the end?": "here in self"}
     first, second = (asked(*pair) for pair in answers.items())
     data = write(tmp_path / "data.jsonl", [first, asked("other", "other"), second])  # the second's name makes it validate
-    given = ["--chat", "--init-from", str(source), "--data", str(data), "--run", str(tmp_path / "run"), "--steps", "110"]
+    given = ["--chat", "--init-from", str(source), "--data", str(data), "--run", str(tmp_path / "run"), "--steps", "90"]
     assert main([*given, "--batch-size", "2", "--device", "cpu", "--precision", "float32"]) == 0
     directory = tmp_path / "run" / "checkpoint"
     assert load_config(directory) == load_config(source)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,15 @@ import torch
 
 from lrt_core.tokenizer import Tokenizer
 from tests.helpers import tiny_tokenizer
+from tests.training.helpers import tiny_run
 from training.data import DataError, ShardedCorpus, load_corpus, sharding
 from training.data.documents import Sources
 from training.data.encode import Encoder
+from training.data.opening import open_corpus
 from training.data.sample import sample_texts
 from training.data.sharding import Recipe, open_shards
 from training.packing import Packer, evaluation_rows
+from training.trainer import Trainer
 
 TOKENIZER = tiny_tokenizer()
 FRACTION, PIECE = 0.3, 120
@@ -248,3 +253,40 @@ def test_rows_of_others_are_not_read(texts: Path, tmp_path: Path, monkeypatch: p
     count = len(read)
     packer.batch()
     assert len(read) - count > count
+
+
+def test_a_run_on_shards_resumes_bit_for_bit(texts: Path, tmp_path: Path) -> None:
+    """Saved at the step before cuts begin; the resumed run opens the shards itself."""
+    config = tiny_run(data=(str(texts),), num_steps=6, warmdown=0.5, prompt_cuts=0.5, validation_fraction=FRACTION)
+
+    def data(run: Path) -> ShardedCorpus:
+        return open_corpus(config, run, TOKENIZER)
+
+    whole, first = (
+        Trainer.create(config, tmp_path / name, data(tmp_path / name), TOKENIZER, "") for name in ("whole", "parts")
+    )
+    expected = [whole.step() for _ in range(6)]
+    results = [first.step() for _ in range(3)]
+    first.save()
+    second = Trainer.resume(tmp_path / "parts", data(tmp_path / "parts"))
+    assert not second.data_changed
+    results += [second.step() for _ in range(3)]
+    assert results == expected
+    assert second.packer.cut_share == 0.5
+    (texts / "new.txt").write_text("more text")
+    assert Trainer.resume(tmp_path / "parts", data(tmp_path / "parts")).data_changed
+
+
+def test_who_comes_while_a_set_is_made_waits_for_it(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, make = [], sharding._make
+
+    def slowly(*arguments: Any) -> None:
+        made.append(arguments)
+        time.sleep(0.2)
+        make(*arguments)
+
+    monkeypatch.setattr(sharding, "_make", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        sets = list(pool.map(lambda _: open_shards(tmp_path / "root", recipe(texts), 1), range(3)))
+    assert len(made) == 1
+    assert sets[0].meta == sets[1].meta == sets[2].meta

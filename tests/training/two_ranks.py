@@ -16,7 +16,8 @@ import torch
 from tests.helpers import tiny_tokenizer
 from tests.training.helpers import tiny_corpus, tiny_run
 from training.distributed import Ranks, joined
-from training.trainer import Trainer, write_settings
+from training.run_folder import write_settings
+from training.trainer import Trainer
 
 NUM_STEPS, SAVED_STEP = 20, 15
 CASES: dict[str, dict[str, Any]] = {
