@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from .conftest import MODEL, Direct
+from .conftest import AUTHORIZED, KEY, MODEL, Direct
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("lrt_choice", "lrt_writing", "lrt_likelihood")
@@ -40,7 +40,7 @@ class Evaluation:
 
 def evaluate(v1: str, folder: Path, tasks: tuple[str, ...] = TASKS, batch_size: int = 1, **more: Any) -> Evaluation:
     """Run the command as a user would."""
-    arguments = {"model": MODEL, "base_url": v1 + "/completions", "max_length": 512, **more}
+    arguments = {"model": MODEL, "base_url": v1 + "/completions", "max_length": 512, "auth_token": KEY, **more}
     command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--tasks", ",".join(tasks)]
     command += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
     command += ["--include_path", str(HERE / "tasks"), "--output_path", str(folder), "--log_samples"]
@@ -54,7 +54,7 @@ def evaluate(v1: str, folder: Path, tasks: tuple[str, ...] = TASKS, batch_size: 
 @pytest.fixture(scope="module")
 def has_tokenizer(url: str) -> bool:
     """Whether the server has the routes by which the harness finds the tokenizer."""
-    if httpx.get(url + "/tokenizer_info").status_code == 404:
+    if httpx.get(url + "/tokenizer_info", headers=AUTHORIZED).status_code == 404:
         pytest.skip("this server has no tokenizer routes")
     return True
 
