@@ -122,7 +122,11 @@ class AsyncEngine:
         """What a request's `grammar` has to be; one that waits for it counts among those that wait. Raises GrammarError, or
         AdmissionError when no request is taken."""
         self._refuse_if_unable(self.grammars.num_waiting + 1)
-        return await self.grammars.get(source)
+        try:
+            return await self.grammars.get(source)
+        except AdmissionError as refusal:
+            self.observer.on_rejection(refusal.reason)
+            raise
 
     def admit(self, request: GenerationRequest) -> RequestStream:
         """Queue a request and return its stream; raises as `admit_all`."""
