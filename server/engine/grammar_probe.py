@@ -85,7 +85,7 @@ class Probe:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __spec__.name],
                 env=environment,
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # what a crash says there is for the library's authors
             )
@@ -186,7 +186,7 @@ def main() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_STACK, (STACK_SIZE, STACK_SIZE))  # which a process meets as its first thread's grows
+    resource.setrlimit(resource.RLIMIT_STACK, (STACK_SIZE, STACK_SIZE))  # met as the stack grows
     Parent(socket.socket(fileno=sys.stdin.fileno())).serve()
 
 
