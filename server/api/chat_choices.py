@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lrt_core.tokenizer import Tokenizer
-from server.api.choices import LOWEST_LOGPROB, Chunk, write_latents, write_prompt_logprobs
+from server.api.choices import LOWEST_LOGPROB, Chunk, write_error, write_latents, write_prompt_logprobs
 from server.engine.request import Delta, TokenLogprob
 
 
@@ -70,7 +70,8 @@ class ChatWriter:
 
     def _of_end(self, delta: Delta) -> dict[str, Any]:
         """What is said at the end; `delta` is the choice's last."""
-        return {} if self._hidden_size is None else {"latents": write_latents(delta, self._hidden_size)}
+        latents = {} if self._hidden_size is None else {"latents": write_latents(delta, self._hidden_size)}
+        return {**latents, **write_error(delta)}
 
     def _choice(self, key: str, said: dict[str, Any], logprobs: dict[str, Any] | None) -> Chunk:
         return {"index": self._index, key: said, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}

@@ -181,7 +181,7 @@ class Parent:
 
 
 def main() -> None:
-    """Serve standard input, which is a socket. A child has a small stack, and whatever it is doing, a timer's signal ends it."""
+    """Serve standard input, a socket. A child has a small stack, and whatever it is doing, a timer's signal ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the keyboard is for the server
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
