@@ -122,6 +122,10 @@ class ChoiceWriter:
             chunk["latents"] = write_latents(delta, self._hidden_size)
         return {**chunk, **write_error(delta)}
 
+    def opening(self, _delta: Delta) -> list[Chunk]:
+        """What a stream tells before the choice's first delta: nothing."""
+        return []
+
     def chunks(self, delta: Delta) -> list[Chunk]:
         """What a stream tells of `delta`."""
         return [self.write(delta)]

@@ -13,7 +13,7 @@ import re
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -57,6 +57,9 @@ class Writer(Protocol):
     def write(self, delta: Delta) -> Chunk:
         """The choice as far as `delta` says, or, of all deltas joined, the whole choice."""
 
+    def opening(self, delta: Delta) -> list[Chunk]:
+        """What a stream tells before the choice's first delta, and before its tokens count."""
+
     def chunks(self, delta: Delta) -> list[Chunk]:
         """What a stream tells of `delta`."""
 
@@ -91,11 +94,13 @@ class Generation(ABC, Generic[FieldsT]):
         """What the engine is asked for: one request per prompt. Raises ApiError."""
         return [self._request(index, prompt) for index, prompt in enumerate(self.prompts)]
 
-    def chunks(self, index: int, delta: Delta) -> list[Chunk]:
-        """The chunks that `delta` of the prompt at `index` makes; counts its tokens. Raises RequestError where it is the end of
-        the last sample and none could go on."""
+    def chunks(self, index: int, delta: Delta) -> Iterator[Chunk]:
+        """The chunks that `delta` of the prompt at `index` makes; counts its tokens before the first that carries some. Raises
+        RequestError where it is the end of the last sample and none could go on."""
+        writer = self._writers[index * self.fields.n + delta.index]
+        yield from writer.opening(delta)
         self._count(index, delta)
-        return self._writers[index * self.fields.n + delta.index].chunks(delta)
+        yield from writer.chunks(delta)
 
     def choices(self, deltas: Sequence[tuple[int, Delta]]) -> list[Chunk]:
         """All choices in order, from one delta for each sample, with the index of its prompt; the best where there are more
