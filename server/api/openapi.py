@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ OPERATIONS: dict[str, Operation] = {
 
 def add_documents(app: FastAPI, service: Service) -> None:
     """Add both routes to `app`."""
-    document = dump_json(make_document(service.model_names[0], bool(service.keys)))
+    document = _document(service.model_names[0], bool(service.keys))
     page = PAGE.read_bytes()
 
     @app.get("/openapi.json")
@@ -206,6 +207,12 @@ def add_documents(app: FastAPI, service: Service) -> None:
     async def get_page() -> Response:
         """The same for people."""
         return Response(page, headers={"content-security-policy": POLICY}, media_type="text/html")
+
+
+@lru_cache(maxsize=8)
+def _document(model_name: str, needs_key: bool) -> bytes:
+    """As it is sent: made once, for it takes longer than all the rest of an application."""
+    return dump_json(make_document(model_name, needs_key))
 
 
 def make_document(model_name: str, needs_key: bool = False) -> Schema:

@@ -16,9 +16,11 @@ MODELS = """
   model_name: {model}
   api_base: {v1}
   completion: true
+  api_key_name: openai
 - model_id: here-chat
   model_name: {model}
   api_base: {v1}
+  api_key_name: openai
 """
 
 
