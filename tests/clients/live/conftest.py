@@ -70,18 +70,28 @@ def chat(v1: str) -> str:
 
 
 class Direct:
-    """What `lrt_core` computes, one token at a time, without a server: questions of `tests/clients/direct.py`."""
+    """What `lrt_core` computes, one token at a time, without a server: questions of `tests/clients/direct.py`, one process for
+    all of them."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
 
     def ask(self, **questions: Any) -> dict[str, Any]:
         """Answers under the questions' names."""
-        command = [PYTHON, "-m", "tests.clients.direct"]
-        done = subprocess.run(command, cwd=ROOT, input=json.dumps(questions), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        answers: dict[str, Any] = json.loads(done.stdout)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(questions), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        assert line, "it has failed; the error stands above"
+        answers: dict[str, Any] = json.loads(line)
         return answers
 
 
 @pytest.fixture(scope="session")
-def direct() -> Direct:
+def direct() -> Iterator[Direct]:
     """What the clients' answers are held against."""
-    return Direct()
+    command = [PYTHON, "-m", "tests.clients.direct"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Direct(process)
+        assert process.stdin is not None
+        process.stdin.close()
+    assert process.returncode == 0
