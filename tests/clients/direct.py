@@ -1,10 +1,10 @@
 """Likelihoods and greedy continuations as `lrt_core` computes them, token by token, for comparison with what clients get.
 
-`python -m tests.clients.direct` reads JSON objects, a line each, until its input ends: `checkpoint` (a directory; the bundled one
-without it), `loglikelihoods` ([context, continuation] pairs of text; an empty context stands for the document's start), `greedy`
-([prompt, max_tokens, stops] triples; `bos` says whether the document's start goes before the prompts). For each it prints a line
-with the answers under the same names: [sum of logprobs, whether every token was the likeliest] and texts. Neighbour: `live/`,
-which has no torch.
+`python -m tests.clients.direct` reads JSON objects, a line each, until its input ends: `checkpoint` (a directory; the bundled
+one without it), `loglikelihoods` ([context, continuation] pairs of text; an empty context stands for the document's start),
+`greedy` ([prompt, max_tokens, stops] triples; `bos` says whether the document's start goes before the prompts). For each it
+prints a line with the answers under the same names: [sum of logprobs, whether every token was the likeliest] and texts.
+Neighbour: `live/`, which has no torch.
 """
 
 from __future__ import annotations
