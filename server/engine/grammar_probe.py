@@ -26,6 +26,8 @@ from lrt_core.tokenizer import Tokenizer
 
 MAX_SECONDS = 0.15
 """Of computation for one grammar, which takes milliseconds as a rule."""
+MAX_SILENCE = 60
+"""Seconds after which a process that does not compute either is given up."""
 MAX_MEMORY = 2**30
 """Bytes of address space of a process."""
 STACK_SIZE = 2**21
@@ -48,15 +50,15 @@ class Probe:
         ours, theirs = socket.socketpair()
         with ours, ours.makefile("rb") as answers:
             with theirs:
-                self._hand_over(theirs)
+                process = self._hand_over(theirs)
             answer = b""
             with contextlib.suppress(ConnectionError):  # nobody is there, and nobody answers
                 ours.sendall(json.dumps([source.kind, source.text]).encode() + b"\n")
                 answer = answers.readline()
         if not answer:
-            raise RuntimeError(f"the process that tries grammars out has ended: exit status {self._status()}")
+            raise RuntimeError(f"the process that tries grammars out has ended: exit status {process.wait(MAX_SILENCE)}")
         error, code = json.loads(answer)
-        if code == -signal.SIGKILL:
+        if code in (-signal.SIGKILL, -signal.SIGALRM):
             raise RuntimeError("the process that tried a grammar out was killed")
         if code != 0:
             raise GrammarError("takes too long to compile" if code == -signal.SIGPROF else "is nested too deeply or too large")
@@ -68,15 +70,17 @@ class Probe:
         with self._lock:
             self._end()
 
-    def _hand_over(self, connection: socket.socket) -> None:
+    def _hand_over(self, connection: socket.socket) -> subprocess.Popen[bytes]:
+        """To the process that is returned, which may be gone before it has seen the connection."""
         with self._lock:
             if self._process is not None and self._process.poll() is not None:
                 self._end()
             if self._control is None:
                 self._start()
-            assert self._control is not None
-            with contextlib.suppress(ConnectionError):  # it ended just now: whoever waits for its answer will see
+            assert self._control is not None and self._process is not None
+            with contextlib.suppress(ConnectionError):
                 socket.send_fds(self._control, [b"."], [connection.fileno()])
+            return self._process
 
     def _start(self) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)}
@@ -96,10 +100,6 @@ class Probe:
             self._process.kill()
             self._process.wait()
             self._process = self._control = None
-
-    def _status(self) -> int | None:
-        with self._lock:
-            return self._process.wait() if self._process is not None else None
 
 
 def try_out(compiler: GrammarCompiler, source: GrammarSource) -> str | None:
@@ -173,6 +173,7 @@ class Parent:
     def _answer(self, connection: socket.socket) -> NoReturn:
         with connection.makefile("rb") as lines:
             kind, text = json.loads(lines.readline())
+        signal.alarm(MAX_SILENCE)
         signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
         error = try_out(self._compiler, GrammarSource(kind, text))
         signal.setitimer(signal.ITIMER_PROF, 0)

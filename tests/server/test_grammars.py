@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import subprocess
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -223,6 +225,29 @@ def test_a_probe_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(RuntimeError, match="has ended: exit status 1"):
             probe.check(regex("a"))
     probe.close()
+
+
+def test_a_probe_that_dies_with_a_grammar_says_so_to_all_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the one that was started meanwhile is none of their business."""
+    probe, hand_over = Probe(), Probe._hand_over
+    probe.check(regex("a"))
+
+    def hand_over_and_kill(self: Probe, connection: socket.socket) -> subprocess.Popen[bytes]:
+        process = self._process
+        assert process is not None
+        process.kill()
+        process.wait()
+        monkeypatch.undo()
+        probe.check(regex("b"))
+        return process
+
+    try:
+        monkeypatch.setattr(Probe, "_hand_over", hand_over_and_kill)
+        with pytest.raises(RuntimeError, match="has ended: exit status -9"):
+            probe.check(regex("c"))
+        assert Probe._hand_over is hand_over
+    finally:
+        probe.close()
 
 
 def test_a_probe_that_died_is_started_anew() -> None:
