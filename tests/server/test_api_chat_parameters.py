@@ -273,3 +273,29 @@ def test_samples_beyond_what_the_server_takes() -> None:
     assert_envelope(live().ask(n=129), 400, INVALID, "n")
     few = LiveChat(live().model, max_num_seqs=1, max_num_waiting=1)
     assert_envelope(few.ask(n=3), 400, INVALID, "n")
+
+
+USAGE = {"stream": True, "stream_options": {"include_usage": True}}
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "the end:"}]}]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "the end:", "repetition_penalty": 1.0, "max_tokens": 7, "logprobs": None, "ignore_eos": True, **USAGE},
+        {"messages": PARTS, "max_completion_tokens": 7, "ignore_eos": True, "temperature": 0, **USAGE},
+        {"prompt": "the end:", "max_tokens": 7, "stop": None, "ignore_eos": True, **USAGE},
+        {
+            **{"messages": PARTS, "max_completion_tokens": 7, "stop": None, "ignore_eos": True, "stream": True},
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        },
+    ],
+    ids=["vllm bench", "vllm bench, chat", "guidellm", "guidellm, chat"],
+)
+def test_what_load_generators_send(body: dict[str, Any]) -> None:
+    """They count on as many tokens as they ask for, and on a last chunk without choices."""
+    server = live() if "messages" in body else completions()
+    *chunks, last = events(server.post(body)[0])
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 7
+    ends = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]]
+    assert ends == [*[None] * (len(ends) - 1), "length"]
