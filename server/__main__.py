@@ -156,10 +156,12 @@ def _serve(settings: ServerConfig, listener: socket.socket) -> int:
         raise StartError(str(error), status=2) from None
     with answering(listener):
         from server.api.app import create_app  # this brings torch, which takes seconds
+        from server.api.malformed import protocol
 
         service, greeting = _load(settings, keys)
     config = uvicorn.Config(
         create_app(service),
+        http=protocol(),
         log_config=None,
         log_level="warning" if settings.log_level == "info" else settings.log_level,
         access_log=settings.log_level == "debug",
