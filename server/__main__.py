@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from server.config import ServerConfig, parse_config, unknown_variables
+from server.config import ServerConfig, parse_config, read_api_keys, unknown_variables, variable
 
 if TYPE_CHECKING:
     from server.api.service import Service
@@ -105,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s: %(message)s", stream=sys.stderr)
     for name in unknown_variables(os.environ):
         logger.warning("the environment variable %s is no setting of this server", name)
+    os.environ.pop(variable("api_key"), None)  # no process that is started from here has a use for it
     try:
         with _ending_cleanly(), _bind(settings.host, settings.port) as listener:
             return _serve(settings, listener)
@@ -149,12 +150,18 @@ def _bind(host: str, port: int) -> socket.socket:
 def _serve(settings: ServerConfig, listener: socket.socket) -> int:
     from server.loading import answering
 
+    try:
+        keys = read_api_keys(settings)
+    except ValueError as error:
+        raise StartError(str(error), status=2) from None
     with answering(listener):
         from server.api.app import create_app  # this brings torch, which takes seconds
+        from server.api.malformed import protocol
 
-        service, greeting = _load(settings)
+        service, greeting = _load(settings, keys)
     config = uvicorn.Config(
         create_app(service),
+        http=protocol(),
         log_config=None,
         log_level="warning" if settings.log_level == "info" else settings.log_level,
         access_log=settings.log_level == "debug",
@@ -166,12 +173,13 @@ def _serve(settings: ServerConfig, listener: socket.socket) -> int:
     return 0 if service.engine.error is None else 1
 
 
-def _load(settings: ServerConfig) -> tuple[Service, str]:
+def _load(settings: ServerConfig, keys: Sequence[str] = ()) -> tuple[Service, str]:
     """The engine and what surrounds it, and a line that tells of it. Raises StartError."""
     import torch
 
     from lrt_core.checkpoint import BUNDLED, CheckpointError, load_config
     from lrt_core.kernels import is_native
+    from server.api.auth import ApiKeys
     from server.api.service import Service
     from server.engine.loader import LoadError, is_small, load_chat_template, load_engine
     from server.metrics import EngineMetrics
@@ -200,6 +208,7 @@ def _load(settings: ServerConfig) -> tuple[Service, str]:
     weights = dtype if settings.quantize == "none" else f"{settings.quantize} weights, {dtype}"
     operators = f"{weights}, {'native' if is_native() else 'torch'} kernels"
     greeting = f"serving {names[0]} ({checkpoint}): recurrence {path}; {operators}; cache of {engine.config.capacity} tokens"
+    greeting += "; API key needed" if keys else ""
     service = Service(
         engine=engine,
         model_names=names,
@@ -210,6 +219,7 @@ def _load(settings: ServerConfig) -> tuple[Service, str]:
         lenient=settings.lenient,
         max_logprobs=settings.max_logprobs,
         chat=chat,
+        keys=ApiKeys(keys),
     )
     return service, greeting
 

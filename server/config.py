@@ -11,7 +11,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -31,6 +31,8 @@ class ServerConfig:
     port: int = 8000
     served_model_name: tuple[str, ...] = ()
     chat_template: Path | None = None
+    api_key: tuple[str, ...] = field(default=(), repr=False)
+    api_key_file: Path | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantize: Literal["none", "int8"] = "none"
     device: str = "cpu"
@@ -114,6 +116,14 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
+def _keys(text: str) -> tuple[str, ...]:
+    """API keys from a list with commas. What is wrong with one is said without saying it."""
+    keys = tuple(key.strip() for key in text.split(","))
+    if not all(re.fullmatch("[!-~]+", key) for key in keys):
+        raise argparse.ArgumentTypeError("a key is one or more visible ASCII characters, without commas and blanks")
+    return keys
+
+
 def _switch(text: str) -> bool:
     words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False, "": False}
     if text.lower() not in words:
@@ -157,6 +167,14 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
         help="names that requests may use, the first in metrics (default: the directory's name)",
     )
     add("--chat-template", metavar="FILE", help="a Jinja2 chat template (default: the checkpoint's)")
+    add(
+        "--api-key",
+        type=_keys,
+        action="extend",
+        metavar="KEY[,KEY]",
+        help="keys of which a request must carry one; may be repeated (default: none is needed)",
+    )
+    add("--api-key-file", metavar="FILE", help="more such keys, one a line")
     add("--max-body-size", type=parse_bytes, metavar="BYTES", help="largest request body, such as 512K (default 16M)")
     add("--max-logprobs", type=_at_least(int, 0), metavar="N", help="most logprobs a token may be asked for (default 20)")
     add("--shutdown-timeout", type=_seconds, metavar="SECONDS", help="how long running requests may finish (default 60)")
@@ -221,10 +239,33 @@ def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Se
     """The settings of a command line and an environment. A wrong one is a line on stderr and SystemExit(2)."""
     parser = make_parser()
     values = {**_from_environment(parser, environment), **vars(parser.parse_args(arguments))}
-    for name in ("checkpoint", "chat_template"):
+    for name in ("checkpoint", "chat_template", "api_key_file"):
         if name in values:
             values[name] = Path(values[name])
+    values["api_key"] = tuple(values.get("api_key", ()))
     return ServerConfig(**values)
+
+
+def read_api_keys(settings: ServerConfig) -> tuple[str, ...]:
+    """All keys: those of the settings, and of the file, where blank lines and those that begin with # are none. Raises
+    ValueError for a file that cannot be read or has no keys: a server that was to have some must not start without."""
+    path = settings.api_key_file
+    if path is None:
+        return settings.api_key
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(f"--api-key-file {path} cannot be read: {reason}") from None
+    found: list[str] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found += _keys(line) if line and not line.startswith("#") else ()
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"--api-key-file {path}, line {number}: {error}") from None
+    if not found:
+        raise ValueError(f"--api-key-file {path} holds no key")
+    return (*settings.api_key, *found)
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Puts the HTTP application together: routes, error envelope, and the engine's start and stop with the application's.
+"""Puts the HTTP application together: API keys, routes, error envelope, and the engine's start and stop with the application's.
 
 Neighbours: `server/__main__.py` runs it under uvicorn; the tests run it in-process.
 """
@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request, Response
 from starlette.requests import ClientDisconnect
 
+from server.api.auth import KeyGuard
 from server.api.chat import add_chat
 from server.api.completions import add_completions
 from server.api.errors import install_error_handlers
@@ -35,6 +36,8 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="lrt-server", lifespan=lifespan, redirect_slashes=False, openapi_url=None)
     install_error_handlers(app)
     app.add_exception_handler(ClientDisconnect, _forget)
+    if service.keys:
+        app.add_middleware(KeyGuard, keys=service.keys)
     add_completions(app, service)
     add_chat(app, service)
     add_tokenization(app, service)

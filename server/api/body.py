@@ -19,6 +19,9 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise bad_request(f"The request body must not be encoded; its content-encoding is {encoding[:40]!r}.")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise _too_large(max_bytes)
@@ -47,6 +50,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
     except RecursionError:
         raise bad_request("The request body is nested too deeply.") from None
     except ValueError as error:
+        if str(error).startswith("Exceeds the limit"):  # of digits, which Python goes on to tell how to raise
+            raise bad_request("The request body holds a number of too many digits.") from None
         raise bad_request(f"The request body is not valid JSON: {str(error)[:200]}.") from None
     if not isinstance(data, dict):
         raise bad_request("The request body must be a JSON object.")

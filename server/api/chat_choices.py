@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lrt_core.tokenizer import Tokenizer
-from server.api.choices import LOWEST_LOGPROB, Chunk, write_latents, write_prompt_logprobs
+from server.api.choices import LOWEST_LOGPROB, Chunk, write_error, write_latents, write_prompt_logprobs
 from server.engine.request import Delta, TokenLogprob
 
 
@@ -41,15 +41,19 @@ class ChatWriter:
             choice.update(token_ids=list(delta.token_ids), prompt_token_ids=list(self._prompt_ids))
         return {**choice, **self._of_prompt(delta), **self._of_end(delta)}
 
+    def opening(self, delta: Delta) -> list[Chunk]:
+        """What a stream tells before the choice's first delta: who speaks, and what is said of the prompt."""
+        if not self._is_first:
+            return []
+        self._is_first = False
+        chunk = self._choice("delta", {"role": "assistant", "content": ""}, None)
+        if self._return_token_ids:
+            chunk["prompt_token_ids"] = list(self._prompt_ids)
+        return [{**chunk, **self._of_prompt(delta)}]
+
     def chunks(self, delta: Delta) -> list[Chunk]:
         """What a stream tells of `delta`."""
         chunks = []
-        if self._is_first:
-            self._is_first = False
-            chunks.append(self._choice("delta", {"role": "assistant", "content": ""}, None))
-            if self._return_token_ids:
-                chunks[0]["prompt_token_ids"] = list(self._prompt_ids)
-            chunks[0].update(self._of_prompt(delta))
         has_tokens = bool(delta.token_ids) and (self._logprobs or self._return_token_ids)
         if delta.text or has_tokens:
             chunk = self._choice("delta", {"content": delta.text}, self._entries(delta.logprobs))
@@ -70,7 +74,8 @@ class ChatWriter:
 
     def _of_end(self, delta: Delta) -> dict[str, Any]:
         """What is said at the end; `delta` is the choice's last."""
-        return {} if self._hidden_size is None else {"latents": write_latents(delta, self._hidden_size)}
+        latents = {} if self._hidden_size is None else {"latents": write_latents(delta, self._hidden_size)}
+        return {**latents, **write_error(delta)}
 
     def _choice(self, key: str, said: dict[str, Any], logprobs: dict[str, Any] | None) -> Chunk:
         return {"index": self._index, key: said, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}

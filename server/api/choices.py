@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lrt_core.tokenizer import Tokenizer
+from server.api.errors import from_exception
 from server.engine.request import Delta, TokenLogprob
 
 Chunk = dict[str, Any]
@@ -101,7 +102,8 @@ class ChoiceWriter:
         self._is_first = True
 
     def write(self, delta: Delta) -> Chunk:
-        """The chunk that says what `delta` says; the first also carries what is said of the prompt, the last the latents."""
+        """The chunk that says what `delta` says; the first also carries what is said of the prompt, the last the latents, or
+        what went wrong."""
         is_first, self._is_first = self._is_first, False
         chunk: Chunk = {
             "index": self._index,
@@ -118,7 +120,11 @@ class ChoiceWriter:
             chunk["prompt_logprobs"] = write_prompt_logprobs(self._tokenizer, delta, self._prompt_logprobs)
         if self._hidden_size is not None and delta.finish_reason is not None:
             chunk["latents"] = write_latents(delta, self._hidden_size)
-        return chunk
+        return {**chunk, **write_error(delta)}
+
+    def opening(self, _delta: Delta) -> list[Chunk]:
+        """What a stream tells before the choice's first delta: nothing."""
+        return []
 
     def chunks(self, delta: Delta) -> list[Chunk]:
         """What a stream tells of `delta`."""
@@ -177,6 +183,11 @@ def write_latents(delta: Delta, hidden_size: int) -> dict[str, Any] | None:
         data = numbers.tobytes()
     shape = [len(data) // (4 * hidden_size), hidden_size]
     return {"dtype": "float32", "shape": shape, "data": base64.b64encode(data).decode()}
+
+
+def write_error(delta: Delta) -> dict[str, Any]:
+    """What a choice says of a sample that could not go on while others of the call did; nothing of any other."""
+    return {} if delta.error is None else from_exception(delta.error).body
 
 
 def _is_unread(delta: Delta) -> bool:

@@ -13,7 +13,7 @@ import re
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -57,6 +57,9 @@ class Writer(Protocol):
     def write(self, delta: Delta) -> Chunk:
         """The choice as far as `delta` says, or, of all deltas joined, the whole choice."""
 
+    def opening(self, delta: Delta) -> list[Chunk]:
+        """What a stream tells before the choice's first delta, and before its tokens count."""
+
     def chunks(self, delta: Delta) -> list[Chunk]:
         """What a stream tells of `delta`."""
 
@@ -84,21 +87,24 @@ class Generation(ABC, Generic[FieldsT]):
         self._writers = [
             self._writer(i * fields.n + sample, prompt) for i, prompt in enumerate(prompts) for sample in range(fields.n)
         ]
-        self._num_generated = 0
+        self._num_generated = self._num_failed = 0
         self._num_cached = [0] * len(prompts)
 
     def requests(self) -> list[GenerationRequest]:
         """What the engine is asked for: one request per prompt. Raises ApiError."""
         return [self._request(index, prompt) for index, prompt in enumerate(self.prompts)]
 
-    def chunks(self, index: int, delta: Delta) -> list[Chunk]:
-        """The chunks that `delta` of the prompt at `index` makes; counts its tokens."""
+    def chunks(self, index: int, delta: Delta) -> Iterator[Chunk]:
+        """The chunks that `delta` of the prompt at `index` makes; counts its tokens before the first that carries some. Raises
+        RequestError where it is the end of the last sample and none could go on."""
+        writer = self._writers[index * self.fields.n + delta.index]
+        yield from writer.opening(delta)
         self._count(index, delta)
-        return self._writers[index * self.fields.n + delta.index].chunks(delta)
+        yield from writer.chunks(delta)
 
     def choices(self, deltas: Sequence[tuple[int, Delta]]) -> list[Chunk]:
         """All choices in order, from one delta for each sample, with the index of its prompt; the best where there are more
-        samples than choices, best first. Counts all tokens."""
+        samples than choices, best first. Counts all tokens. Raises RequestError where no sample could go on."""
         by_prompt: list[list[Delta]] = [[] for _ in self.prompts]
         for index, delta in deltas:
             self._count(index, delta)
@@ -121,6 +127,10 @@ class Generation(ABC, Generic[FieldsT]):
         }
 
     def _count(self, index: int, delta: Delta) -> None:
+        if delta.error is not None:
+            self._num_failed += 1
+            if self._num_failed == len(self.prompts) * self._num_samples:
+                raise delta.error
         self._num_generated += len(delta.token_ids)
         self._num_cached[index] = max(self._num_cached[index], delta.num_cached_tokens)
 
@@ -205,7 +215,9 @@ def _best(samples: Sequence[Delta], count: int) -> list[Delta]:
 
 
 def _mean_logprob(sample: Delta) -> float:
-    """Of the generated tokens, an end-of-sequence id included; the worst for a sample without any."""
+    """Of the generated tokens, an end-of-sequence id included; the worst for a sample without any, or one that went wrong."""
+    if sample.error is not None:
+        return -math.inf
     logprobs = [-math.inf if entry.logprob is None else entry.logprob for entry in sample.logprobs]
     return sum(logprobs) / len(logprobs) if logprobs else -math.inf
 
@@ -301,10 +313,10 @@ def _warning(dropped: Sequence[str]) -> dict[str, str]:
 async def _collect(generation: Generation[Any], streams: Sequence[RequestStream]) -> dict[str, Any]:
     """The whole response. Raises ApiError."""
     try:
-        deltas = await gather(streams)
+        choices = generation.choices(await gather(streams))
     except Exception as error:
         raise from_exception(error) from error
-    return generation.body(generation.choices(deltas), usage=generation.usage())
+    return generation.body(choices, usage=generation.usage())
 
 
 async def _events(generation: Generation[Any], streams: Sequence[RequestStream]) -> AsyncGenerator[bytes, None]:

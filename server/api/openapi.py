@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server.api import responses
+from server.api.auth import PROBES
 from server.api.chat_schemas import ChatRequest, Message
 from server.api.descriptions import DESCRIPTIONS
 from server.api.errors import dump_json
@@ -44,11 +46,16 @@ TAGS = {
 }
 REFUSALS = {
     400: "A field is wrong, unknown or not built, or the prompt is too long: `param` names the field.",
+    401: "An API key is missing or wrong.",
     404: "The model is not served here.",
     413: "The body is larger than this server accepts.",
     429: "The queue is full; try again after `retry-after` seconds.",
     500: "The server failed.",
     503: "The server is loading, shutting down or not well; try again after `retry-after` seconds.",
+}
+SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "One of the server's API keys."},
+    "basic": {"type": "http", "scheme": "basic", "description": "The same for browsers: any name, the key as password."},
 }
 _ANY = (500, 503)
 _BODY = (400, 404, 413, *_ANY)
@@ -188,7 +195,7 @@ OPERATIONS: dict[str, Operation] = {
 
 def add_documents(app: FastAPI, service: Service) -> None:
     """Add both routes to `app`."""
-    document = dump_json(make_document(service.model_names[0]))
+    document = _document(service.model_names[0], bool(service.keys))
     page = PAGE.read_bytes()
 
     @app.get("/openapi.json")
@@ -202,18 +209,38 @@ def add_documents(app: FastAPI, service: Service) -> None:
         return Response(page, headers={"content-security-policy": POLICY}, media_type="text/html")
 
 
-def make_document(model_name: str) -> Schema:
-    """The whole document; examples ask for this model."""
-    document = {
+@lru_cache(maxsize=8)
+def _document(model_name: str, needs_key: bool) -> bytes:
+    """As it is sent: made once, for it takes longer than all the rest of an application."""
+    return dump_json(make_document(model_name, needs_key))
+
+
+def make_document(model_name: str, needs_key: bool = False) -> Schema:
+    """The whole document; examples ask for this model. needs_key: all but the probes want an API key."""
+    document: Schema = {
         "openapi": "3.1.0",
         "info": {"title": "lrt-server", "version": package_version("lrt-server"), "description": DESCRIPTION},
         "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "paths": {path: _path(operation) for path, operation in OPERATIONS.items()},
         "components": {"schemas": _schemas()},
     }
+    if needs_key:
+        _secure(document)
     renamed = _renamed(document, model_name)
     assert isinstance(renamed, dict)
     return renamed
+
+
+def _secure(document: Schema) -> None:
+    """Say where a key is needed, and what comes without."""
+    document["components"]["securitySchemes"] = SECURITY_SCHEMES
+    document["security"] = [{name: []} for name in SECURITY_SCHEMES]
+    for path, methods in document["paths"].items():
+        for method, says in methods.items():
+            if path in PROBES:
+                says["security"] = []
+            else:
+                says["responses"]["401"] = _refusal(401, method)
 
 
 def _renamed(value: Any, model_name: str) -> Any:
@@ -239,11 +266,13 @@ def _operation(operation: Operation, method: str) -> Schema:
     answers: Schema = {"200": {"description": operation.summary}}
     if method != "head":
         answers["200"]["content"] = _content(operation)
-    for status in sorted(operation.statuses):
-        answers[str(status)] = {"description": REFUSALS[status]}
-        if method != "head":
-            answers[str(status)]["content"] = {"application/json": {"schema": _reference(responses.Error)}}
+    answers.update((str(status), _refusal(status, method)) for status in sorted(operation.statuses))
     return {**says, "responses": answers}
+
+
+def _refusal(status: int, method: str) -> Schema:
+    content = {"application/json": {"schema": _reference(responses.Error)}}
+    return {"description": REFUSALS[status], **({} if method == "head" else {"content": content})}
 
 
 def _content(operation: Operation) -> Schema:

@@ -51,7 +51,34 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
-class CompletionChoice(BaseModel):
+class PromptLogprob(BaseModel):
+    """Of a token at its place in the prompt; rank: its place among all by likelihood, from 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+class Latents(BaseModel):
+    """Latents, row by row; data: their little-endian numbers in base64."""
+
+    dtype: Literal["float32"]
+    shape: list[int]
+    data: str
+
+
+class Extras(BaseModel):
+    """What a choice has when asked for; error: why it was aborted while others went on. In a stream what is about the prompt
+    comes in a choice's first chunk, latents and error in its last."""
+
+    token_ids: list[int] = []
+    prompt_token_ids: list[int] = []
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+    latents: Latents | None = None
+    error: ErrorDetail | None = None
+
+
+class CompletionChoice(Extras):
     """One completion of one prompt; index = prompt * n + sample."""
 
     index: int
@@ -107,7 +134,7 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
-class ChatChoice(BaseModel):
+class ChatChoice(Extras):
     """One answer."""
 
     index: int
@@ -132,7 +159,7 @@ class ChatDelta(BaseModel):
     content: str | None = None
 
 
-class ChatChunkChoice(BaseModel):
+class ChatChunkChoice(Extras):
     """What is new of one answer."""
 
     index: int

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lrt_core.chat import ChatTemplate
+from server.api.auth import ApiKeys
 from server.api.errors import ApiError
 from server.api.values import MAX_LOGPROBS
 from server.engine.async_engine import AsyncEngine
+
+NO_KEYS = ApiKeys(())
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Service:
     """model_names: what a request's `model` may say, the first being the one reported. fingerprint: of what answers
     (weights, dtype, prefill mode). created: Unix seconds. exposition: the metrics page. max_body_size: bytes.
     lenient: drop unknown fields with a warning header instead of refusing them. chat: None for a model without a template.
-    max_logprobs: bound of every count of logprobs."""
+    max_logprobs: bound of every count of logprobs. keys: of which requests must carry one, if there are any."""
 
     engine: AsyncEngine
     model_names: tuple[str, ...]
@@ -30,6 +33,7 @@ class Service:
     lenient: bool = False
     chat: ChatTemplate | None = None
     max_logprobs: int = MAX_LOGPROBS
+    keys: ApiKeys = NO_KEYS
 
     def check_model(self, name: str) -> None:
         """Raise ApiError (404) unless `name` is served."""

@@ -122,7 +122,11 @@ class AsyncEngine:
         """What a request's `grammar` has to be; one that waits for it counts among those that wait. Raises GrammarError, or
         AdmissionError when no request is taken."""
         self._refuse_if_unable(self.grammars.num_waiting + 1)
-        return await self.grammars.get(source)
+        try:
+            return await self.grammars.get(source)
+        except AdmissionError as refusal:
+            self.observer.on_rejection(refusal.reason)
+            raise
 
     def admit(self, request: GenerationRequest) -> RequestStream:
         """Queue a request and return its stream; raises as `admit_all`."""
@@ -225,12 +229,11 @@ class AsyncEngine:
             self.observer.on_tokens(times)
 
     def _deliver_one(self, stream: RequestStream, sample: Sample, item: SampleOutput, now: float, times: TokenTimes) -> None:
-        if item.error is not None:
-            self._fail(stream, item.error, now)
-            return
         if item.token is not None:
             sample.count_token(now, times)
         delta = sample.make_delta(item)
+        if item.error is not None and delta.finish_reason == "abort":
+            delta.error = self._failure(stream.request, item.error)
         if delta.finish_reason is None:
             stream.push(delta)
             return
@@ -239,17 +242,12 @@ class AsyncEngine:
             self._worker.finish(sample.key, delta.finish_reason)
         self._end(stream, sample, delta, now)
 
-    def _fail(self, stream: RequestStream, message: str, now: float) -> None:
-        """A sample's grammar has failed, and with it the request."""
-        grammar = stream.request.grammar
-        assert self._worker is not None and grammar is not None
+    def _failure(self, request: GenerationRequest, message: str) -> RequestError:
+        """What became of a sample whose grammar has failed; the others of its request go on."""
+        grammar = request.grammar
+        assert grammar is not None
         self.grammars.forget(grammar.source)
-        for sample in stream.samples:
-            if self._consumers.pop(sample.key, None) is not None:
-                self._worker.finish(sample.key, "abort")
-                self.observer.on_finished(sample.stats("abort", now))
-        stream.fail(RequestError(f"'{grammar.source.origin}' cannot be followed further: {message}", grammar.source.origin))
-        self._discard(stream)
+        return RequestError(f"'{grammar.source.origin}' cannot be followed further: {message}", grammar.source.origin)
 
     def _end(self, stream: RequestStream, sample: Sample, last: Delta, now: float) -> None:
         """A sample's last delta."""

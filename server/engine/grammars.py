@@ -1,4 +1,5 @@
-"""Compiled grammars for the event loop: off its thread and the engine's, each once, the latest kept.
+"""Compiled grammars for the event loop: off its thread and the engine's, each once, the latest kept. New sources are tried out
+several at once, so that one does not have to wait for others that take long.
 
 Neighbours: `async_engine.py` owns one, `grammar_probe.py` tries each new source out first, `lrt_core/grammar.py` compiles.
 """
@@ -7,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +25,10 @@ logger = logging.getLogger(__name__)
 MAX_GRAMMARS = 64
 MAX_BYTES = 2 * 2**20
 """Bounds of what is kept: grammars, and characters of their sources in all."""
+MAX_AT_ONCE = 8
+"""Sources that are tried out at the same time."""
+MAX_WAIT_SECONDS = 10.0
+"""How long a source may wait for its turn before its request is refused."""
 
 
 class GrammarCache:
@@ -42,7 +49,8 @@ class GrammarCache:
         self.is_closed = False
         self.num_waiting = 0
         """Callers of `get` that have no answer yet."""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lrt-grammar")
+        self._compiling = threading.Lock()
+        self._threads = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="lrt-grammar")
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -53,7 +61,7 @@ class GrammarCache:
         return self._size
 
     async def get(self, source: GrammarSource) -> Grammar:
-        """The compiled source. Raises GrammarError, and AdmissionError once the cache is closed."""
+        """The compiled source. Raises GrammarError, and AdmissionError where too many wait or once the cache is closed."""
         self.num_waiting += 1
         try:
             # Others may wait for the same grammar: who gives up must not take it from them.
@@ -79,30 +87,33 @@ class GrammarCache:
             self._size -= len(source.text)
 
     async def close(self) -> None:
-        """End the process and the thread, after what is being compiled now; whoever waits behind it is refused. Idempotent."""
+        """End process and threads, after what is being compiled now; whoever waits behind it is refused. Idempotent."""
         if self.is_closed:
             return
         self.is_closed = True
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._probe.close)
-        self._thread.shutdown()
+        await asyncio.to_thread(self._threads.shutdown)
+        self._probe.close()
 
     async def _compile(self, source: GrammarSource) -> Grammar:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._compile_now, source)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._compile_now, source, time.monotonic())
 
-    def _compile_now(self, source: GrammarSource) -> Grammar:
+    def _compile_now(self, source: GrammarSource, arrival: float) -> Grammar:
         if self.is_closed:
             raise AdmissionError("draining", "the server is shutting down and takes no new requests")
+        if time.monotonic() - arrival > MAX_WAIT_SECONDS:
+            raise AdmissionError("queue_full", "too many new forms of output are being tried out; try again later")
         self._probe.check(source)
-        if self._compiler is None:
-            self._compiler = GrammarCompiler(self._tokenizer, self._eos_ids)
-        return self._compiler.compile(source)
+        with self._compiling:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(self._tokenizer, self._eos_ids)
+            return self._compiler.compile(source)
 
     def _settle(self, source: GrammarSource, task: asyncio.Task[Grammar]) -> None:
         """A failure that is not the source's own is no reason to fail the next time."""
         if task.cancelled() or (task.exception() is not None and not isinstance(task.exception(), GrammarError)):
             if self._tasks.get(source) is task:
                 self.forget(source)
-            if not self.is_closed:
+            if not self.is_closed and (task.cancelled() or not isinstance(task.exception(), AdmissionError)):
                 logger.error("compiling a grammar failed", exc_info=None if task.cancelled() else task.exception())
 
     def _trim(self) -> None:

@@ -95,7 +95,8 @@ class Delta:
     stop_reason: the stop string or the id of stop_token_ids that ended the sample; None for another end-of-sequence id or the
     length. latents: with the last delta, if asked for, float32 rows of hidden_size numbers in native order: of every token of
     prompt and sample but the sample's last, which was never computed (of the whole prompt if nothing was generated), or
-    the last of these rows.
+    the last of these rows. error: with the last delta of a sample that could not go on, of which there are no latents and whose
+    reason is `abort`.
     """
 
     index: int
@@ -107,3 +108,4 @@ class Delta:
     stop_reason: str | int | None = None
     num_cached_tokens: int = 0
     latents: bytes | None = None
+    error: RequestError | None = None

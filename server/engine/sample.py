@@ -70,7 +70,7 @@ class Sample:
         if self.request.latents == "last":
             self._latents.clear()
         self._latents.append(item.latents)
-        if delta.finish_reason is not None:
+        if delta.finish_reason is not None and item.error is None:
             delta.latents = b"".join(self._latents)
 
     def stats(self, reason: FinishReason, now: float) -> RequestStats:

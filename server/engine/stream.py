@@ -100,4 +100,5 @@ def join(deltas: Sequence[Delta]) -> Delta:
         last.stop_reason,
         last.num_cached_tokens,
         last.latents,
+        last.error,
     )

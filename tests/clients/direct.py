@@ -1,9 +1,10 @@
 """Likelihoods and greedy continuations as `lrt_core` computes them, token by token, for comparison with what clients get.
 
-`python -m tests.clients.direct` reads a JSON object: `checkpoint` (a directory; the bundled one without it), `loglikelihoods`
-([context, continuation] pairs of text; an empty context stands for the document's start), `greedy` ([prompt, max_tokens, stops]
-triples; `bos` says whether the document's start goes before the prompts). It prints the answers under the same names:
-[sum of logprobs, whether every token was the likeliest] and texts. Neighbour: `live/`, which has no torch.
+`python -m tests.clients.direct` reads JSON objects, a line each, until its input ends: `checkpoint` (a directory; the bundled
+one without it), `loglikelihoods` ([context, continuation] pairs of text; an empty context stands for the document's start),
+`greedy` ([prompt, max_tokens, stops] triples; `bos` says whether the document's start goes before the prompts). For each it
+prints a line with the answers under the same names: [sum of logprobs, whether every token was the likeliest] and texts.
+Neighbour: `live/`, which has no torch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +58,26 @@ class Direct:
         return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
-def main() -> None:
-    """Answer the questions on standard input."""
-    torch.set_num_threads(1)
-    questions: dict[str, Any] = json.load(sys.stdin)
-    direct, bos = Direct(Path(questions.get("checkpoint", BUNDLED))), questions.get("bos", True)
-    answers = {
+@cache
+def load(checkpoint: Path) -> Direct:
+    """A checkpoint, once."""
+    return Direct(checkpoint)
+
+
+def answers(questions: dict[str, Any]) -> dict[str, Any]:
+    """To one line's questions."""
+    direct, bos = load(Path(questions.get("checkpoint", BUNDLED))), questions.get("bos", True)
+    return {
         "loglikelihoods": [direct.loglikelihood(*pair) for pair in questions.get("loglikelihoods", [])],
         "greedy": [direct.greedy(*item, bos=bos) for item in questions.get("greedy", [])],
     }
-    json.dump(answers, sys.stdout)
+
+
+def main() -> None:
+    """Answer the questions on standard input."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(answers(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from fastapi import FastAPI
 from lrt_core.chat import ChatTemplate
 from lrt_core.grammar import Grammar, GrammarCompiler, GrammarSource
 from server.api.app import create_app
-from server.api.service import Service
+from server.api.auth import ApiKeys
+from server.api.service import NO_KEYS, Service
 from server.engine.config import EngineConfig
 from server.engine.request import AdmissionError, Delta, GenerationRequest, TokenLogprob
 from server.engine.stream import DeltaStream
@@ -154,7 +155,7 @@ class FakeEngine:
         return stream
 
 
-def make_app(engine: Any, *, max_body_size: int = 10_000, lenient: bool = False) -> FastAPI:
+def make_app(engine: Any, *, max_body_size: int = 10_000, lenient: bool = False, keys: ApiKeys = NO_KEYS) -> FastAPI:
     """The application around an engine, real or not, with its tokenizer's chat template."""
     source = engine.tokenizer.chat_template
     return create_app(
@@ -167,6 +168,7 @@ def make_app(engine: Any, *, max_body_size: int = 10_000, lenient: bool = False)
             max_body_size=max_body_size,
             lenient=lenient,
             chat=None if source is None else ChatTemplate(source, engine.tokenizer),
+            keys=keys,
         )
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -28,7 +29,7 @@ NOT_JSON = [
     (b'{"stop": "a", "n": 1, "stop": "b"}', "'stop' appears twice"),
     (b"[" * 5000, "nested too deeply"),
     (b'{"a":' * 1900, "nested too deeply"),
-    (b'{"seed": 1' + b"0" * 5000 + b"}", "not valid JSON"),
+    (b'{"seed": 1' + b"0" * 5000 + b"}", "a number of too many digits."),
 ]
 
 
@@ -52,6 +53,14 @@ def test_content_type_does_not_matter(content_type: str) -> None:
     body = '{"model": "tiny", "prompt": "\u00e9"}'.encode()
     response = call(make_app(FakeEngine()), "POST", PATH, content=body, headers={"content-type": content_type})
     assert response.status_code == 200
+
+
+def test_a_compressed_body_is_told_as_such() -> None:
+    body = b'{"model": "tiny", "prompt": "a"}'
+    packed = call(make_app(FakeEngine()), "POST", PATH, content=gzip.compress(body), headers={"content-encoding": "gzip"})
+    assert "its content-encoding is 'gzip'" in assert_envelope(packed, 400, INVALID)
+    plain = call(make_app(FakeEngine()), "POST", PATH, content=body, headers={"content-encoding": "Identity"})
+    assert plain.status_code == 200
 
 
 def test_declared_size_is_refused_unread() -> None:

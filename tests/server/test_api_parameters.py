@@ -227,26 +227,26 @@ def test_what_only_the_engine_or_other_fields_make_wrong_is_named_too(
     assert_envelope(live().ask(**fields), 400, INVALID, field)
 
 
-@pytest.mark.parametrize(
-    ("field", "fields"),
-    [
-        ("min_tokens", {"min_tokens": 12}),
-        ("min_p", {"min_p": 1}),
-        ("logit_bias", {"logit_bias": {"0": -100, str(TINY_VOCAB_SIZE - 1): 100}}),
-        ("logit_bias", {"logit_bias": {}}),
-        ("repetition_penalty", {"repetition_penalty": 100}),
-        ("repetition_penalty", {"repetition_penalty": 0.01}),
-        ("stop", {"stop": ["a" * (MAX_CHARACTERS - MAX_STRINGS + 1), *["b"] * (MAX_STRINGS - 1)]}),
-        ("bad_words", {"bad_words": []}),
-        ("stop_token_ids", {"stop_token_ids": []}),
-        ("allowed_token_ids", {"allowed_token_ids": [7] * 3000}),
-        ("prompt_logprobs", {"prompt_logprobs": 20, "logprobs": 20}),
-        ("truncate_prompt_tokens", {"truncate_prompt_tokens": 160}),
-        ("priority", {"priority": -(2**63)}),
-        ("request_id", {"request_id": "a-b_c.d:" + "1" * 120}),
-        ("best_of", {"best_of": 1, "stream": True}),
-    ],
-)
+BOUNDS: list[tuple[str, dict[str, Any]]] = [
+    ("min_tokens", {"min_tokens": 12}),
+    ("min_p", {"min_p": 1}),
+    ("logit_bias", {"logit_bias": {"0": -100, str(TINY_VOCAB_SIZE - 1): 100}}),
+    ("logit_bias", {"logit_bias": {}}),
+    ("repetition_penalty", {"repetition_penalty": 100}),
+    ("repetition_penalty", {"repetition_penalty": 0.01}),
+    ("stop", {"stop": ["a" * (MAX_CHARACTERS - MAX_STRINGS + 1), *["b"] * (MAX_STRINGS - 1)]}),
+    ("bad_words", {"bad_words": []}),
+    ("stop_token_ids", {"stop_token_ids": []}),
+    ("allowed_token_ids", {"allowed_token_ids": [7] * 3000}),
+    ("prompt_logprobs", {"prompt_logprobs": 20, "logprobs": 20}),
+    ("truncate_prompt_tokens", {"truncate_prompt_tokens": 160}),
+    ("priority", {"priority": -(2**63)}),
+    ("request_id", {"request_id": "a-b_c.d:" + "1" * 120}),
+    ("best_of", {"best_of": 1, "stream": True}),
+]
+
+
+@pytest.mark.parametrize(("field", "fields"), BOUNDS, ids=[f"{i}-{b[0]}" for i, b in enumerate(BOUNDS)])
 def test_bounds_are_allowed(field: str, fields: dict[str, Any]) -> None:
     assert field in fields and live().body(**fields)["choices"]
 

@@ -27,6 +27,8 @@ EVERY_FLAG = {
     "--prefill-tolerance": ("1e-3", 1e-3),
     "--threads": ("2", 2),
     "--chat-template": ("a.jinja", Path("a.jinja")),
+    "--api-key": ("a, b", ("a", "b")),
+    "--api-key-file": ("keys", Path("keys")),
     "--max-body-size": ("1k", 1024),
     "--shutdown-timeout": ("0.5", 0.5),
     "--metrics-prefix": ("vllm", "vllm"),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import subprocess
 import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from lrt_core.grammar import Grammar, GrammarError, GrammarSource
+from server.engine import grammars
 from server.engine.grammar_probe import Probe, byte_compiler, try_out
 from server.engine.grammars import GrammarCache
 from server.engine.request import AdmissionError
@@ -105,6 +109,38 @@ def test_who_waits_is_counted_and_refused_when_the_cache_closes(monkeypatch: pyt
         assert cache.num_waiting == 0
         await closing
 
+    monkeypatch.setattr(grammars, "MAX_AT_ONCE", 1)
+    with_cache(play)
+
+
+def test_a_cheap_form_does_not_wait_for_dear_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(cache: GrammarCache) -> None:
+        goes_on, check = threading.Event(), cache._probe.check
+
+        def check_slowly(source: GrammarSource) -> None:
+            assert not source.text.startswith("dear") or goes_on.wait(60)
+            check(source)
+
+        monkeypatch.setattr(cache._probe, "check", check_slowly)
+        dear = [asyncio.ensure_future(cache.get(regex(f"dear{number}"))) for number in range(grammars.MAX_AT_ONCE - 1)]
+        for text in ("cheap", "cheaper"):
+            assert isinstance(await asyncio.wait_for(cache.get(regex(text)), 60), Grammar)
+        assert not any(task.done() for task in dear)
+        goes_on.set()
+        await asyncio.gather(*dear)
+
+    with_cache(play)
+
+
+def test_who_has_waited_too_long_is_refused_but_not_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(cache: GrammarCache) -> None:
+        monkeypatch.setattr(grammars, "MAX_WAIT_SECONDS", -1.0)
+        with pytest.raises(AdmissionError, match="being tried out") as refused:
+            await cache.get(regex("a"))
+        assert refused.value.reason == "queue_full" and len(cache) == 0
+        monkeypatch.undo()
+        await cache.get(regex("a"))
+
     with_cache(play)
 
 
@@ -153,10 +189,65 @@ def test_what_looks_hostile_and_is_not_passes(source: GrammarSource) -> None:
     assert try_out(byte_compiler(), source) is None
 
 
+def test_hostile_and_harmless_ones_at_once_each_get_their_answer() -> None:
+    probe, sources = Probe(), [*HOSTILE.values(), *(regex("a" * count) for count in range(1, 9))]
+
+    def refusal(source: GrammarSource) -> str | None:
+        try:
+            probe.check(source)
+        except GrammarError as error:
+            return str(error)
+        return None
+
+    try:
+        with ThreadPoolExecutor(len(sources)) as threads:
+            answers = list(threads.map(refusal, sources))
+    finally:
+        probe.close()
+    assert all(answers[: len(HOSTILE)]) and answers[len(HOSTILE) :] == [None] * 8, answers
+
+
+def test_a_crash_says_something_else_than_a_lack_of_time() -> None:
+    probe = Probe()
+    try:
+        with pytest.raises(GrammarError, match="too deeply or too large"):
+            probe.check(HOSTILE["deep references"])
+        with pytest.raises(GrammarError, match="takes too long"):
+            probe.check(HOSTILE["endless arithmetic"])
+    finally:
+        probe.close()
+
+
 def test_a_probe_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="does not start: exit status 1"):
-        Probe().check(regex("a"))
+    probe = Probe()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="has ended: exit status 1"):
+            probe.check(regex("a"))
+    probe.close()
+
+
+def test_a_probe_that_dies_with_a_grammar_says_so_to_all_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the one that was started meanwhile is none of their business."""
+    probe, hand_over = Probe(), Probe._hand_over
+    probe.check(regex("a"))
+
+    def hand_over_and_kill(self: Probe, connection: socket.socket) -> subprocess.Popen[bytes]:
+        process = self._process
+        assert process is not None
+        process.kill()
+        process.wait()
+        monkeypatch.undo()
+        probe.check(regex("b"))
+        return process
+
+    try:
+        monkeypatch.setattr(Probe, "_hand_over", hand_over_and_kill)
+        with pytest.raises(RuntimeError, match="has ended: exit status -9"):
+            probe.check(regex("c"))
+        assert Probe._hand_over is hand_over
+    finally:
+        probe.close()
 
 
 def test_a_probe_that_died_is_started_anew() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +14,10 @@ from pydantic import TypeAdapter
 from server.api import responses
 from server.api.openapi import OPERATIONS
 from server.api.openapi import PAGE as PAGE_FILE
-from server.api.schemas import parse_fields
 from tests.server.fakes import NAME, FakeEngine, call, chat, complete, events, make_app, say
+from tests.server.live import Live, LiveChat
 
+README = Path(__file__).parents[2] / "README.md"
 APP = make_app(FakeEngine())
 DOCUMENT: dict[str, Any] = call(APP, "GET", "/openapi.json").json()
 SCHEMAS: dict[str, Any] = DOCUMENT["components"]["schemas"]
@@ -65,12 +68,46 @@ BODIES = [(path, name) for path, operation in OPERATIONS.items() for name in ope
 
 
 @pytest.mark.parametrize(("path", "name"), BODIES)
-def test_examples_of_bodies_are_taken(path: str, name: str) -> None:
+def test_examples_of_bodies_are_answered_as_promised(path: str, name: str) -> None:
     example = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]["examples"][name]["value"]
     assert example.get("model", NAME) == NAME
-    body = OPERATIONS[path].body
-    assert body is not None
-    parse_fields(body, example)  # type: ignore[type-var]
+    response, operation = call(APP, "POST", path, json=example), OPERATIONS[path]
+    assert response.status_code == 200, response.text
+    if not example.get("stream"):
+        assert operation.answer is not None
+        operation.answer.model_validate_json(response.content, strict=True)
+        return
+    chunks = events(response)
+    assert operation.stream is not None and chunks
+    for chunk in chunks:
+        operation.stream.model_validate(chunk, strict=True)
+
+
+def test_requests_of_the_readme_are_taken() -> None:
+    bodies = re.findall(r"curl http://127\.0\.0\.1:8000(/\S+) .*?-d '(.*?)'\n", README.read_text("utf-8"), re.DOTALL)
+    assert len(bodies) >= 2
+    for path, body in bodies:
+        fields = {**json.loads(body), "model": NAME}
+        assert call(make_app(FakeEngine(say("{}"))), "POST", path, json=fields).status_code == 200, body
+
+
+@pytest.mark.parametrize(
+    ("fields", "extras"),
+    [
+        ({"return_token_ids": True}, {"token_ids", "prompt_token_ids"}),
+        ({"prompt_logprobs": 1}, {"prompt_logprobs"}),
+        ({"latents": "all"}, {"latents"}),
+    ],
+)
+@pytest.mark.parametrize("live", [Live(), LiveChat()], ids=["completions", "chat"])
+def test_all_that_a_choice_can_carry_is_described(live: Live, fields: dict[str, Any], extras: set[str]) -> None:
+    bare = {**fields, "return_token_ids": fields.get("return_token_ids", False)}
+    model = responses.ChatResponse if isinstance(live, LiveChat) else responses.CompletionResponse
+    answer = model.model_validate(live.body(**bare), strict=True)
+    (choice,) = answer.choices
+    told = {"index", "logprobs", "finish_reason", "stop_reason", "message" if isinstance(live, LiveChat) else "text"}
+    assert choice.model_fields_set == told | extras
+    assert choice.model_extra is None and set(live.body(**bare)["choices"][0]) == told | extras
 
 
 @pytest.mark.parametrize("path", [path for path, operation in OPERATIONS.items() if operation.body])

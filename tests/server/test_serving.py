@@ -5,6 +5,7 @@ It runs in a thread, so signals are delivered by hand; `test_process.py` sends r
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -19,9 +20,11 @@ import httpx
 import pytest
 import torch
 import uvicorn
+from uvicorn.importer import import_from_string
 
 from server import __main__ as command
 from server.__main__ import FLUSH_SECONDS, Server, main
+from server.api.malformed import protocol
 from server.config import ServerConfig
 from server.engine import loader
 from server.engine.request import Delta, GenerationRequest
@@ -164,6 +167,44 @@ def test_vanished_client_aborts_its_request(http: str, stream: bool) -> None:
         wait_until(lambda: engine.streams[0].is_closed)
         assert engine.num_in_flight == 0
         engine.script = FakeEngine().script
+        assert server.complete().status_code == 200
+
+
+def of_server(http: str) -> type[asyncio.Protocol]:
+    """The server's own protocol over one of uvicorn's."""
+    name = {"h11": "h11_impl.H11Protocol", "httptools": "httptools_impl.HttpToolsProtocol"}[http]
+    return protocol(import_from_string("uvicorn.protocols.http." + name.replace(".", ":")))
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: test\r\n"
+
+
+@pytest.mark.parametrize(
+    "request_", [b"nonsense\r\n\r\n", HEAD + b"content-length: x\r\n\r\n", HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\n"]
+)
+def test_what_is_no_http_is_refused_in_the_envelope(http: str, request_: bytes) -> None:
+    with running(FakeEngine(), of_server(http)) as server:
+        with socket.create_connection(server.address, timeout=10) as client:
+            client.sendall(request_)
+            head, _, body = b"".join(iter(lambda: client.recv(10_000), b"")).partition(b"\r\n\r\n")
+        response = httpx.Response(int(head.split()[1]), content=body)
+        assert "not valid HTTP" in assert_envelope(response, 400, "invalid_request_error")
+        assert b"content-type: application/json" in head.lower()
+        assert server.complete().status_code == 200
+
+
+def test_an_answer_on_its_way_is_not_mixed_with_a_refusal(http: str) -> None:
+    gate = threading.Event()
+    engine = FakeEngine(paused(gate))
+    body = json.dumps({**BODY, "stream": True}).encode()
+    with running(engine, of_server(http)) as server:
+        with socket.create_connection(server.address, timeout=10) as client:
+            client.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+            assert client.recv(10_000).startswith(b"HTTP/1.1 200 OK")
+            client.sendall(b"nonsense\r\n\r\n")
+            gate.set()
+            rest = b"".join(iter(lambda: client.recv(10_000), b""))
+        assert b"not valid HTTP" not in rest[: rest.rfind(b"[DONE]")]
         assert server.complete().status_code == 200
 
 

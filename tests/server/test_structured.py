@@ -14,9 +14,12 @@ import jsonschema_rs
 import pytest
 
 from lrt_core.checkpoint import BUNDLED
+from server.api import responses
 from server.engine.async_engine import AsyncEngine
 from server.engine.loader import LoadOptions, load_engine
-from tests.server.fakes import FakeEngine, assert_envelope, complete, events, make_app
+from server.engine.request import Delta, GenerationRequest, RequestError
+from tests.server.fakes import FakeEngine, Step, assert_envelope, complete, events, make_app
+from tests.server.live import joined
 
 Client = httpx.AsyncClient
 NUM_EACH = 100
@@ -216,6 +219,66 @@ def test_a_form_that_grows_too_complex_ends_its_request_alone() -> None:
         assert (await post(client, structured_outputs={"choice": ["a"]}))["choices"][0]["text"] == "a"
 
     served(play)
+
+
+SPLIT = {"structured_outputs": {"grammar": 'start: "1" | a\na: "x" a'}}
+"""Some samples end at once, others go on for ever, until that is too much."""
+
+
+def test_a_sample_that_cannot_go_on_ends_alone() -> None:
+    async def play(engine: AsyncEngine, client: Client) -> None:
+        fields = {**SPLIT, "n": 6, "temperature": 1.5, "seed": 1, "max_tokens": 450, "latents": "last"}
+        plain = await post(client, **fields)
+        failed = [choice for choice in plain["choices"] if choice["finish_reason"] == "abort"]
+        assert 0 < len(failed) < 6
+        for choice in failed:
+            assert set(choice["text"]) == {"x"} and choice["latents"] is None
+            assert (
+                choice["error"]["param"] == "structured_outputs.grammar" and choice["error"]["code"] == "invalid_request_error"
+            )
+            assert "cannot be followed further" in choice["error"]["message"]
+        for choice in plain["choices"]:
+            assert choice in failed or ("error" not in choice and (choice["text"], choice["finish_reason"]) == ("1", "stop"))
+        stream = await client.post("/v1/completions", json=body(**fields, stream=True))
+        assert joined(events(stream))["choices"] == plain["choices"]
+        best = await post(client, **{**fields, "n": 2, "best_of": 6})
+        assert [choice["text"] for choice in best["choices"]] == ["1", "1"]
+        chat = {"messages": [{"role": "user", "content": "hi"}], **fields, "n": 20, "max_tokens": 300}
+        answers = (await client.post("/v1/chat/completions", json=chat)).json()["choices"]
+        assert {choice["finish_reason"] for choice in answers} == {"stop", "abort"}
+        assert all(("error" in choice) == (choice["finish_reason"] == "abort") for choice in answers)
+        chunks = [
+            choice
+            for chunk in events(await client.post("/v1/chat/completions", json={**chat, "stream": True}))
+            for choice in chunk["choices"]
+        ]
+        ends = {choice["index"]: choice for choice in chunks if choice["finish_reason"] is not None}
+        assert all(ends[choice["index"]].get("error") == choice.get("error") for choice in answers)
+        assert sum("error" in choice for choice in chunks) == sum("error" in choice for choice in answers)
+
+    served(play)
+
+
+def test_a_prompt_whose_samples_cannot_go_on_leaves_the_others_alone() -> None:
+    """Where all of them fail the call does, which the test above this one shows."""
+
+    def script(request: GenerationRequest) -> list[Step]:
+        if len(request.prompt_ids) > 1:
+            return [Delta(0, "a", [97], finish_reason="length")]
+        return [
+            Delta(0, "x", [120]),
+            Delta(0, finish_reason="abort", error=RequestError("too much", "structured_outputs.regex")),
+        ]
+
+    both: dict[str, Any] = {"prompt": [[1], [1, 2]], "structured_outputs": {"regex": "x*"}}
+    plain = complete(FakeEngine(script), **both).json()
+    assert [(choice["text"], choice["finish_reason"]) for choice in plain["choices"]] == [("x", "abort"), ("a", "length")]
+    assert plain["choices"][0]["error"]["message"] == "too much" and plain["usage"]["completion_tokens"] == 2
+    assert joined(events(complete(FakeEngine(script), stream=True, **both)))["choices"] == plain["choices"]
+    responses.CompletionResponse.model_validate(plain, strict=True)
+    assert_envelope(complete(FakeEngine(script), prompt=[[1], [1]]), 400, "invalid_request_error", "structured_outputs.regex")
+    *_, last = events(complete(FakeEngine(script), prompt=[[1], [1]], stream=True))
+    assert last["error"]["message"] == "too much"
 
 
 def test_a_server_that_shuts_down_compiles_nothing() -> None:

@@ -1,5 +1,5 @@
-"""One server process for all live tests: the bundled checkpoint in float32 on a free port. Nothing else is reached: whatever
-tries the network at large fails."""
+"""One server process for all live tests: the bundled checkpoint in float32 on a free port, behind an API key. Nothing else is
+reached: whatever tries the network at large fails."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = os.environ.get("LRT_PYTHON", str(ROOT / ".venv" / "bin" / "python"))
 ALONE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-os.environ.update({**ALONE, "OPENAI_API_KEY": "unused"})  # before any client is imported
+KEY = "sk-live"
+os.environ.update({**ALONE, "OPENAI_API_KEY": KEY})  # before any client is imported
 MODEL = "lrt-small"
+AUTHORIZED = {"authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="session")
@@ -27,18 +29,19 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where a ready server listens. Whatever it says while the tests run is checked at the end."""
     log = tmp_path_factory.mktemp("server") / "log"
     command = [PYTHON, "-m", "server", "--port", "0", "--dtype", "float32", "--served-model-name", MODEL, "--check-invariants"]
-    with log.open("wb") as sink, subprocess.Popen(command, cwd=ROOT, stdout=sink, stderr=sink) as process:
+    environment = {**os.environ, "LRT_API_KEY": KEY}
+    with log.open("wb") as sink, subprocess.Popen(command, cwd=ROOT, env=environment, stdout=sink, stderr=sink) as process:
         try:
             url = _address(process, log)
             yield url
-            health, metrics = httpx.get(url + "/health"), httpx.get(url + "/metrics").text
+            health, metrics = httpx.get(url + "/health"), httpx.get(url + "/metrics", headers=AUTHORIZED).text
         finally:
             process.terminate()
             process.wait(60)
     assert health.status_code == 200
     assert re.search(r"^lrt:num_requests_running\{.*\} 0.0$", metrics, re.MULTILINE)
     assert process.returncode == 0
-    assert not re.search("error|traceback", log.read_text(), re.IGNORECASE), log.read_text()
+    assert not re.search(f"error|traceback|{KEY}", log.read_text(), re.IGNORECASE), log.read_text()
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:
@@ -60,25 +63,35 @@ def v1(url: str) -> str:
 @pytest.fixture(scope="session")
 def chat(v1: str) -> str:
     """The same, where there is a chat route."""
-    status = httpx.post(v1 + "/chat/completions", json={}).status_code
+    status = httpx.post(v1 + "/chat/completions", json={}, headers=AUTHORIZED).status_code
     if status == 404:
         pytest.skip("this server has no chat route")
     return v1
 
 
 class Direct:
-    """What `lrt_core` computes, one token at a time, without a server: questions of `tests/clients/direct.py`."""
+    """What `lrt_core` computes, one token at a time, without a server: questions of `tests/clients/direct.py`, one process for
+    all of them."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
 
     def ask(self, **questions: Any) -> dict[str, Any]:
         """Answers under the questions' names."""
-        command = [PYTHON, "-m", "tests.clients.direct"]
-        done = subprocess.run(command, cwd=ROOT, input=json.dumps(questions), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        answers: dict[str, Any] = json.loads(done.stdout)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(questions), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        assert line, "it has failed; the error stands above"
+        answers: dict[str, Any] = json.loads(line)
         return answers
 
 
 @pytest.fixture(scope="session")
-def direct() -> Direct:
+def direct() -> Iterator[Direct]:
     """What the clients' answers are held against."""
-    return Direct()
+    command = [PYTHON, "-m", "tests.clients.direct"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Direct(process)
+        assert process.stdin is not None
+        process.stdin.close()
+    assert process.returncode == 0

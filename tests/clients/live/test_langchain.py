@@ -8,12 +8,12 @@ import pytest
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI, OpenAI
 
-from .conftest import MODEL, Direct
+from .conftest import KEY, MODEL, Direct
 
 
 @pytest.fixture
 def model(v1: str) -> OpenAI:
-    return OpenAI(model=MODEL, base_url=v1, api_key="unused", max_tokens=10, temperature=0, max_retries=0, top_p=1)  # type: ignore[arg-type, call-arg]
+    return OpenAI(model=MODEL, base_url=v1, api_key=KEY, max_tokens=10, temperature=0, max_retries=0, top_p=1)  # type: ignore[arg-type, call-arg]
 
 
 def test_invoke_stream_and_stop(model: OpenAI, direct: Direct) -> None:
@@ -41,13 +41,13 @@ def test_asynchronous(model: OpenAI) -> None:
 
 
 def test_several_samples(v1: str) -> None:
-    model = OpenAI(model=MODEL, base_url=v1, api_key="unused", max_tokens=8, n=3, best_of=3, seed=1, max_retries=0)  # type: ignore[arg-type, call-arg]
+    model = OpenAI(model=MODEL, base_url=v1, api_key=KEY, max_tokens=8, n=3, best_of=3, seed=1, max_retries=0)  # type: ignore[arg-type, call-arg]
     (generations,) = model.generate(["def "]).generations
     assert len(generations) == 3 and len({generation.text for generation in generations}) > 1
 
 
 def test_chat(chat: str) -> None:
-    model = ChatOpenAI(model=MODEL, base_url=chat, api_key="unused", max_tokens=12, temperature=0, max_retries=0)  # type: ignore[arg-type, call-arg]
+    model = ChatOpenAI(model=MODEL, base_url=chat, api_key=KEY, max_tokens=12, temperature=0, max_retries=0)  # type: ignore[arg-type, call-arg]
     answer = model.invoke([HumanMessage("print(")])
     assert "".join(str(chunk.content) for chunk in model.stream([HumanMessage("print(")])) == answer.content
     assert answer.usage_metadata is not None and answer.usage_metadata["output_tokens"] > 0

@@ -8,12 +8,12 @@ from typing import Any
 import litellm
 import pytest
 
-from .conftest import MODEL, Direct
+from .conftest import KEY, MODEL, Direct
 
 
 def complete(v1: str, prompt: str, **options: Any) -> Any:
     return litellm.text_completion(
-        model=f"text-completion-openai/{MODEL}", api_base=v1, api_key="unused", prompt=prompt, max_retries=0, **options
+        model=f"text-completion-openai/{MODEL}", api_base=v1, api_key=KEY, prompt=prompt, max_retries=0, **options
     )
 
 
@@ -32,7 +32,7 @@ def test_stream(v1: str) -> None:
 def test_asynchronous(v1: str) -> None:
     async def ask() -> Any:
         return await litellm.atext_completion(
-            model=f"text-completion-openai/{MODEL}", api_base=v1, api_key="unused", prompt="x = ", max_tokens=4, seed=3
+            model=f"text-completion-openai/{MODEL}", api_base=v1, api_key=KEY, prompt="x = ", max_tokens=4, seed=3
         )
 
     assert asyncio.run(ask()).choices[0].text == complete(v1, "x = ", max_tokens=4, seed=3).choices[0].text
@@ -45,14 +45,14 @@ def test_a_prompt_beyond_the_context_is_known_as_such(v1: str) -> None:
 
 def test_an_unknown_model_is_known_as_such(v1: str) -> None:
     with pytest.raises(litellm.NotFoundError):
-        litellm.text_completion(model="text-completion-openai/other", api_base=v1, api_key="unused", prompt="hi", max_retries=0)
+        litellm.text_completion(model="text-completion-openai/other", api_base=v1, api_key=KEY, prompt="hi", max_retries=0)
 
 
 def test_chat(chat: str) -> None:
     def ask(**options: Any) -> Any:
         messages = [{"role": "user", "content": "print("}]
         return litellm.completion(
-            model=f"openai/{MODEL}", api_base=chat, api_key="unused", messages=messages, temperature=0, max_tokens=12, **options
+            model=f"openai/{MODEL}", api_base=chat, api_key=KEY, messages=messages, temperature=0, max_tokens=12, **options
         )
 
     answer = ask().choices[0].message.content

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from .conftest import MODEL, Direct
+from .conftest import AUTHORIZED, KEY, MODEL, Direct
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("lrt_choice", "lrt_writing", "lrt_likelihood")
@@ -38,32 +38,55 @@ class Evaluation:
         return sorted(map(json.loads, lines), key=lambda sample: int(sample["doc_id"]))
 
 
-def evaluate(v1: str, folder: Path, tasks: tuple[str, ...] = TASKS, batch_size: int = 1, **more: Any) -> Evaluation:
-    """Run the command as a user would."""
-    arguments = {"model": MODEL, "base_url": v1 + "/completions", "max_length": 512, **more}
-    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--tasks", ",".join(tasks)]
+SCRIPT = """
+import functools, json, sys
+import lm_eval.tasks
+from lm_eval.__main__ import cli_evaluate
+lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["lm_eval", *arguments]
+    cli_evaluate()
+"""
+"""The command, as often as asked, for its imports take longer than an evaluation; and without its own tasks, thousands of files
+that it reads to find ours."""
+RUNS: dict[str, dict[str, Any]] = {
+    "one by one": {},
+    "in batches": {"num_concurrent": 4, "batch_size": 3},
+    "as text": {"tokenizer_backend": "none", "tasks": ("lrt_writing",)},
+}
+
+
+def command_line(v1: str, folder: Path, tasks: tuple[str, ...] = TASKS, batch_size: int = 1, **more: Any) -> list[str]:
+    """What a user would say."""
+    arguments = {"model": MODEL, "base_url": v1 + "/completions", "max_length": 512, "auth_token": KEY, **more}
+    command = ["--model", "local-completions", "--tasks", ",".join(tasks)]
     command += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
     command += ["--include_path", str(HERE / "tasks"), "--output_path", str(folder), "--log_samples"]
-    command += ["--batch_size", str(batch_size)]
-    environment = {**os.environ, "HF_HOME": str(folder / "cache")}
-    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return Evaluation(folder)
+    return [*command, "--batch_size", str(batch_size)]
 
 
 @pytest.fixture(scope="module")
 def has_tokenizer(url: str) -> bool:
     """Whether the server has the routes by which the harness finds the tokenizer."""
-    if httpx.get(url + "/tokenizer_info").status_code == 404:
+    if httpx.get(url + "/tokenizer_info", headers=AUTHORIZED).status_code == 404:
         pytest.skip("this server has no tokenizer routes")
     return True
 
 
-@pytest.fixture(scope="module", params=[{}, {"num_concurrent": 4, "batch_size": 3}], ids=["one by one", "in batches"])
-def evaluation(
-    v1: str, has_tokenizer: bool, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Evaluation:
-    return evaluate(v1, tmp_path_factory.mktemp("lm_eval"), **request.param)
+@pytest.fixture(scope="module")
+def evaluations(v1: str, has_tokenizer: bool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Evaluation]:
+    folder = tmp_path_factory.mktemp("lm_eval")
+    runs = {name: command_line(v1, folder / name, **arguments) for name, arguments in RUNS.items()}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(list(runs.values()))]
+    environment = {**os.environ, "HF_HOME": str(folder / "cache")}
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return {name: Evaluation(folder / name) for name in runs}
+
+
+@pytest.fixture(params=["one by one", "in batches"])
+def evaluation(evaluations: dict[str, Evaluation], request: pytest.FixtureRequest) -> Evaluation:
+    return evaluations[request.param]
 
 
 def likelihoods(direct: Direct, samples: list[dict[str, Any]]) -> list[list[tuple[float, bool]]]:
@@ -112,9 +135,9 @@ def test_likelihoods_of_whole_texts(evaluation: Evaluation, direct: Direct) -> N
     assert evaluation.results["lrt_likelihood"]["bits_per_byte,none"] == pytest.approx(num_bits / num_bytes, abs=TOLERANCE)
 
 
-def test_without_a_tokenizer_text_is_generated(v1: str, direct: Direct, tmp_path: Path) -> None:
+def test_without_a_tokenizer_text_is_generated(evaluations: dict[str, Evaluation], direct: Direct) -> None:
     """Prompts go as text then, so the server puts the document's start before them."""
-    samples = evaluate(v1, tmp_path, ("lrt_writing",), tokenizer_backend="none").samples("lrt_writing")
+    samples = evaluations["as text"].samples("lrt_writing")
     stops = ["\n", "#", ";", '"""', "zzz"]
     wanted = direct.ask(greedy=[[sample["doc"]["code"], 16, stops] for sample in samples])["greedy"]
     assert [sample["resps"][0][0] for sample in samples] == wanted

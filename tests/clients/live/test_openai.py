@@ -81,6 +81,9 @@ def test_errors_are_the_client_s_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model=MODEL, prompt="a b " * 2000)
     assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.AuthenticationError) as stranger:
+        client.with_options(api_key="sk-other").completions.create(model=MODEL, prompt="hi")
+    assert stranger.value.code == "invalid_api_key"
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="hi")
     with pytest.raises(openai.BadRequestError) as unknown:
