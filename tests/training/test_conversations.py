@@ -186,7 +186,7 @@ def ask(directory: Path, question: str) -> dict[str, Any]:
 @pytest.mark.parametrize("variant", ["layerwise", "plain"])
 def test_a_model_learns_to_answer(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain stays plain, recurrent stays recurrent, and both say in a chat what they were taught, then end their turn."""
-    monkeypatch.setattr("training.__main__.CHAT_LR_SCALE", 1.0)  # so that fresh weights learn in seconds
+    monkeypatch.setattr("training.options.CHAT_LR_SCALE", 1.0)  # so that fresh weights learn in seconds
     source = tmp_path / "source"
     model = LatentRecurrentTransformer(tiny_config(**VARIANTS[variant], sequence_len=40))
     model.init_weights(torch.Generator().manual_seed(0))

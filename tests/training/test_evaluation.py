@@ -11,7 +11,7 @@ import pytest
 from lrt_core.checkpoint import save_checkpoint
 from tests.helpers import VARIANTS, contracting_model, tiny_config, tiny_model, tiny_tokenizer
 from training.config import TrainingConfig
-from training.data import Document, load_corpus
+from training.data import load_corpus
 from training.evaluation import main
 
 
@@ -69,13 +69,13 @@ def test_without_data_it_reads_what_training_holds_out(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The Python files of this machine that no run on them trains on."""
-    files = [Document(f"{index}.py", f"import number_{index}\n" * 200) for index in range(300)]
-    monkeypatch.setattr("training.data.python_sources", lambda: files)
-    held_out = load_corpus(["python-sources"], TrainingConfig.validation_fraction, 1000).validation
+    files = {f"{index}.py": tmp_path / f"{index}.py" for index in range(300)}
+    for index, path in enumerate(files.values()):
+        path.write_text(f"import {'abcdefghij'[index // 30]}_{'klmnopqrstuvwxyzABCDEFGHIJKLMN'[index % 30]}\n" * 200)
+    monkeypatch.setattr("training.data.documents.python_files", lambda with_packages: files)
+    held_out = load_corpus(["python-sources"], TrainingConfig.validation_fraction, 1 << 20).validation
     assert 1 < len(held_out) < 20
-    for document in held_out:
-        (tmp_path / document.name).write_text(document.text)
-    given = [argument for document in held_out for argument in ("--data", str(tmp_path / document.name))]
+    given = [argument for document in held_out for argument in ("--data", str(tmp_path / document.name.partition("#")[0]))]
     small = ["--rows", "3", "--task-rows", "2", "--task-len", "8", "--sequence-len", "16", "--json"]
     assert main([str(checkpoint), *small, str(tmp_path / "own.json")]) == 0
     assert main([str(checkpoint), *given, *small, str(tmp_path / "given.json")]) == 0

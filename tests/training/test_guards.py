@@ -172,7 +172,7 @@ def test_a_skipped_step_leaves_the_run_as_if_its_batch_had_not_been(tmp_path: Pa
     assert results == wanted
     assert not any(result.skipped for result in results)
     torch.testing.assert_close(resumed.model.state_dict(), other.model.state_dict(), rtol=0, atol=0)
-    torch.testing.assert_close(resumed.optimizer.state_dict(), other.optimizer.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(resumed.optimizer.tensors(), other.optimizer.tensors(), rtol=0, atol=0)
 
 
 def test_skips_are_counted_and_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ def step_of(run: Path) -> int:
 def test_round_trip(tmp_path: Path) -> None:
     save(tmp_path, 3, bpb=1.25)
     loaded, damaged = load_state(tmp_path, empty())
-    assert loaded == TrainingState(3, 3.1, make(3)[0].position, "abc", 1.25)
+    assert loaded == TrainingState(3, 3.1, make(3)[0].position, "abc", make(3)[0].guard, 1.25)
     assert damaged == []
     assert step_of(tmp_path) == 3
 

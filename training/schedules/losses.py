@@ -73,8 +73,10 @@ def part_of(losses: Losses, counts: Sequence[float], own: Sequence[float]) -> Te
     """What the rows of `losses` give to the total of a batch that they are part of; the parts of all rows sum to it.
 
     counts, own: targets of each forward in the whole batch and in these rows. A schedule that names no shares is taken to
-    return a mean over targets, and its total weighs by their number.
+    return a mean over targets, and its total weighs by their number. Rows that are the whole batch give the total itself.
     """
+    if list(own) == list(counts):
+        return losses.total
     if not losses.shares:
         return losses.total * (sum(own) / max(1.0, sum(counts)))
     return _weighted(losses.passes, losses.shares, [max(1.0, count) for count in counts])
