@@ -70,6 +70,8 @@ struct Step {
     const float* memory;  // [T, D], or null for a plain model
     float* x;             // [T, D padded to 16] residual stream
     float* x0;            // the same before layer 0
+    float* partial;       // where pieces of attention wait for each other, `partial_size` numbers
+    int64_t partial_size;
 };
 
 }  // namespace lrt

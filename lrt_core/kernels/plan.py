@@ -16,6 +16,8 @@ TILE = 16
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 MOST_QUERIES = 16
 """Query heads of one key/value head that native attention takes."""
+PARTIAL_SIZE = 2**21
+"""Numbers for pieces of attention that wait for each other, 8 MiB; a step that would need more gives no thread less than a row."""
 READ_AHEAD = 64
 """Numbers behind the end of the pool's keys and values that the native step may read."""
 
@@ -83,7 +85,8 @@ class StepStruct(Structure):
             (name, c_void_p)
             for name in ("tokens", "positions", "slots", "row_starts", "context_lens", "table_starts", "tables")
         ),
-        *((name, c_void_p) for name in ("memory", "x", "x0")),
+        *((name, c_void_p) for name in ("memory", "x", "x0", "partial")),
+        ("partial_size", c_int64),
     )
 
 

@@ -170,7 +170,7 @@ Set detect() {
 Set set = detect();
 
 // Phases of a call: each has at most one counter of its own, and a few more before and after the layers.
-constexpr int64_t kCountersPerLayer = 10, kOtherCounters = 8;
+constexpr int64_t kCountersPerLayer = 12, kOtherCounters = 8;
 
 template <typename Work>
 void run_team(int64_t num_threads, int64_t num_counters, Work work) {

@@ -62,7 +62,14 @@ INLINE void add_scaled(const E* x, float factor, int64_t size, float* out) {
 // A head's query in the order in which keys of type T are read, scaled for the softmax; padding stays zero.
 template <typename T>
 INLINE void place_query(const float* head, int64_t size, int64_t padded, float scale, float* out) {
-    for (int64_t h = 0; h < padded; ++h) {
+    int64_t h = 0;
+    for (; h + 2 * LANES <= size; h += 2 * LANES) {
+        VF first = load<VF>(head + h) * scale, second = load<VF>(head + h + LANES) * scale;
+        to_pair(static_cast<const T*>(nullptr), first, second);
+        store(out + h, first);
+        store(out + h + LANES, second);
+    }
+    for (; h < padded; ++h) {
         const int64_t natural = paired_index(static_cast<const T*>(nullptr), h);
         out[h] = natural < size ? head[natural] * scale : 0.0f;
     }
@@ -146,11 +153,14 @@ struct Workspace {
         projected = reinterpret_cast<float*>(take(rows * projected_stride * 4));
         queries = reinterpret_cast<float*>(take(rows * m.num_heads * padded * 4));
         chunks = reinterpret_cast<int32_t*>(take(rows * 3 * 4));
-        scratch_size = 2 * kMostQueries * padded + kMostQueries * kKeyRun + 2 * m.head_dim;
+        scratch_size = AttentionScratch::size(padded) + 2 * m.head_dim;
         scratch = reinterpret_cast<float*>(take(num_threads * ((scratch_size + 15) / 16 * 16) * 4));
         return used;
     }
 };
+
+// Attention is cut into this many tasks for each thread, or as many as there can be.
+constexpr int64_t kTasksPerThread = 4;
 
 // Rows of one sequence whose queries share passes over the keys, at most.
 INLINE int64_t rows_of_chunk(const Model& m) {
@@ -179,15 +189,74 @@ INLINE void cut_chunks(const Model& m, const Step& step, int32_t* chunks) {
     }
 }
 
+// Each piece of the keys by whichever thread is free, then each chunk's pieces folded. num_pieces: the most of any chunk.
+template <typename T>
+INLINE void attend_pieces(const Model& m, const Pool& pool, const Step& step, int64_t layer, int64_t num_chunks, int64_t num_pieces,
+                          const Workspace& w, const AttentionScratch& s, Team& team) {
+    const int64_t padded = padded_head(m.head_dim), group = m.num_heads / m.num_kv_heads, window = m.layers[layer].window;
+    const int64_t most = num_chunks * num_pieces * m.num_kv_heads / (kTasksPerThread * team.num_threads);
+    const int64_t heads = most < 1 ? 1 : most < m.num_kv_heads ? most : m.num_kv_heads;
+    const int64_t num_parts = (m.num_kv_heads + heads - 1) / heads;
+    const auto place = [&](const Chunk& chunk, int64_t g, int64_t piece) __attribute__((always_inline)) {
+        const int64_t first = chunk.first_row * m.num_heads * num_pieces + (g * num_pieces + piece) * chunk.num_rows * group;
+        return step.partial + Attended::size(first, padded);
+    };
+    int64_t* counter = team.next_counter();
+    for (int64_t task; (task = team.take(counter, 1)) < num_chunks * num_pieces * num_parts;) {
+        const Chunk chunk(w.chunks + task / (num_pieces * num_parts) * 3, step, window);
+        const int64_t piece = chunk.first_piece() + task / num_parts % num_pieces, first_head = task % num_parts * heads;
+        if (piece >= chunk.end_piece()) continue;
+        const int64_t end_head = first_head + heads < m.num_kv_heads ? first_head + heads : m.num_kv_heads;
+        const int64_t stride = Attended::size(num_pieces * chunk.num_rows * group, padded);
+        attend_piece<T>(m, pool, step, layer, chunk, first_head, end_head, piece, w.queries, padded, s,
+                        place(chunk, first_head, piece - chunk.first_piece()), stride);
+    }
+    team.barrier();
+    counter = team.next_counter();
+    for (int64_t task; (task = team.take(counter, 1)) < num_chunks * m.num_kv_heads;) {
+        const Chunk chunk(w.chunks + task / m.num_kv_heads * 3, step, window);
+        const int64_t g = task % m.num_kv_heads, num_queries = chunk.num_rows * group;
+        const Attended all(place(chunk, g, 0), num_queries, padded);
+        for (int64_t piece = 1; piece < chunk.end_piece() - chunk.first_piece(); ++piece) {
+            fold(Attended(place(chunk, g, piece), num_queries, padded), num_queries, padded, all);
+        }
+        finish<T>(m, chunk, g, all, padded, w.attended);
+    }
+}
+
+// The same where pieces would need more room than there is: all of a chunk's pieces by one thread, a key/value head at a time.
+template <typename T>
+INLINE void attend_chunks(const Model& m, const Pool& pool, const Step& step, int64_t layer, int64_t num_chunks, const Workspace& w,
+                          const AttentionScratch& s, Team& team) {
+    const int64_t padded = padded_head(m.head_dim), group = m.num_heads / m.num_kv_heads;
+    int64_t* counter = team.next_counter();
+    for (int64_t task; (task = team.take(counter, 1)) < num_chunks * m.num_kv_heads;) {
+        const Chunk chunk(w.chunks + task / m.num_kv_heads * 3, step, m.layers[layer].window);
+        const int64_t g = task % m.num_kv_heads, num_queries = chunk.num_rows * group;
+        const Attended all(s.folded, num_queries, padded), own(s.piece, num_queries, padded);
+        for (int64_t piece = chunk.first_piece(); piece < chunk.end_piece(); ++piece) {
+            float* const states = piece == chunk.first_piece() ? s.folded : s.piece;
+            attend_piece<T>(m, pool, step, layer, chunk, g, g + 1, piece, w.queries, padded, s, states, 0);
+            if (piece > chunk.first_piece()) fold(own, num_queries, padded, all);
+        }
+        finish<T>(m, chunk, g, all, padded, w.attended);
+    }
+}
+
 template <typename T>
 INLINE void attend_all(const Model& m, const Pool& pool, const Step& step, int64_t layer, int64_t num_chunks, const Workspace& w,
                        float* scratch, Team& team) {
-    const int64_t padded = padded_head(m.head_dim);
-    const AttentionScratch s{scratch, scratch + kMostQueries * padded, scratch + 2 * kMostQueries * padded};
-    int64_t* counter = team.next_counter();
-    for (int64_t task; (task = team.take(counter, 1)) < num_chunks * m.num_kv_heads;) {
-        const int32_t* chunk = w.chunks + task / m.num_kv_heads * 3;
-        attend_rows<T>(m, pool, step, layer, chunk[0], chunk[1], chunk[2], task % m.num_kv_heads, w.queries, padded, s, w.attended);
+    const AttentionScratch s(scratch, padded_head(m.head_dim));
+    int64_t num_pieces = 0;
+    for (int64_t i = 0; i < num_chunks; ++i) {
+        const Chunk chunk(w.chunks + 3 * i, step, m.layers[layer].window);
+        const int64_t own = chunk.end_piece() - chunk.first_piece();
+        num_pieces = own > num_pieces ? own : num_pieces;
+    }
+    if (Attended::size(step.num_rows * m.num_heads * num_pieces, padded_head(m.head_dim)) <= step.partial_size) {
+        attend_pieces<T>(m, pool, step, layer, num_chunks, num_pieces, w, s, team);
+    } else {
+        attend_chunks<T>(m, pool, step, layer, num_chunks, w, s, team);
     }
 }
 
@@ -223,7 +292,7 @@ INLINE void run_layer(const Model& m, const Pool& pool, const Step& step, int64_
     each_row(rows * m.num_kv_heads, team, [&](int64_t task) __attribute__((always_inline)) {
         const int64_t row = task / m.num_kv_heads;
         const float* projected = has_projected ? w.projected + row * w.projected_stride : nullptr;
-        float* head = scratch + 2 * kMostQueries * padded_head(m.head_dim) + kMostQueries * kKeyRun;
+        float* head = scratch + AttentionScratch::size(padded_head(m.head_dim));
         place_heads<T>(m, layer, step, row, task % m.num_kv_heads, w.product + row * w.product_stride, projected, keys, values,
                           w.queries, head);
     });
