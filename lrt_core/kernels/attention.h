@@ -1,12 +1,12 @@
 // Attention over the blocks of a paged cache, without gathering them. Included once per instruction set by `step.cpp`.
 //
-// Keys come in pieces of 256 positions, counted from position 0, each with a softmax of its own over runs of 64; then the
+// Keys come in pieces of 256 positions, counted from position 0, each with a softmax of its own over runs of 32; then the
 // pieces are folded in order. So one row's pieces may go to several threads, and its result depends on its own keys alone:
 // masked ones add exact zeros, and it is bit-equal whether it is read beside others of its window or decoded, whoever
 // computes which piece.
 
-constexpr int64_t kKeyRun = 64;
-constexpr int64_t kPiece = 4 * kKeyRun;
+constexpr int64_t kKeyRun = 32;
+constexpr int64_t kPiece = 8 * kKeyRun;
 constexpr int64_t kMostQueries = 16;  // query vectors that share a pass over the keys
 
 // Some queries' softmax over some keys: weighted values [queries, H padded], largest score and sum of weights [queries].
@@ -42,19 +42,30 @@ struct AttentionScratch {
           folded(piece + Attended::size(kMostQueries, padded)) {}
 };
 
-// A run of keys or values of one head; those behind the last are the last again. `ahead` is what will be read next, or null.
+// Keys or values of one head in a run: number j stands at first + offsets[j], and those behind the last are the last again.
+// Beside them what will be read after them, or null.
 template <typename T>
 struct Run {
-    const T* const* rows;
-    const T* const* ahead;
-};
+    const T* first;
+    const int64_t* offsets;
+    const T* next_first;
+    const int64_t* next_offsets;
 
-template <typename T>
-INLINE void fetch(const T* const* rows, int64_t j, int64_t padded) {
-    if (rows == nullptr) return;
-    const char* const start = reinterpret_cast<const char*>(rows[j]);
-    for (int64_t byte = 0; byte < padded * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(start + byte, 0, 2);
-}
+    INLINE const T* operator[](int64_t j) const { return first + offsets[j]; }
+
+    // Bring what follows nearer: a step apart, heads lie too scattered for the processor's own prefetching.
+    INLINE void fetch_next(int64_t j, int64_t padded) const {
+        if (next_first == nullptr) return;
+        const T* const start = next_first + next_offsets[j];
+        for (int64_t i = 0; i < padded; i += 256 / static_cast<int64_t>(sizeof(T))) {
+            const char* const line = reinterpret_cast<const char*>(start + i);
+            __builtin_prefetch(line, 0, 2);
+            __builtin_prefetch(line + 64, 0, 2);
+            __builtin_prefetch(line + 128, 0, 2);
+            __builtin_prefetch(line + 192, 0, 2);
+        }
+    }
+};
 
 // scores[r][j] = queries[r] . keys[j] for kQueries rows (padded apart) and all keys of the run.
 template <int kQueries, typename T>
@@ -62,12 +73,12 @@ INLINE void score(const float* queries, int64_t padded, const Run<T>& keys, floa
     constexpr int kKeys = LANES / kQueries;
     for (int64_t j = 0; j < kKeyRun; j += kKeys) {
         VF acc[LANES] = {};
-        for (int64_t i = 0; i < (kQueries == 1 ? kKeys : 0); ++i) fetch(keys.ahead, j + i, padded);
+        for (int64_t i = 0; i < (kQueries == 1 ? kKeys : 0); ++i) keys.fetch_next(j + i, padded);
         for (int64_t h = 0; h < padded; h += 2 * LANES) {
 #pragma GCC unroll 16
             for (int i = 0; i < kKeys; ++i) {
                 VF first, second;
-                load_pair(keys.rows[j + i] + h, first, second);
+                load_pair(keys[j + i] + h, first, second);
 #pragma GCC unroll 4
                 for (int r = 0; r < kQueries; ++r) {
                     acc[r * kKeys + i] += load<VF>(queries + r * padded + h) * first;
@@ -89,11 +100,11 @@ INLINE void add_values(const float* weights, const Run<T>& values, int64_t count
         for (int c = 0; c < 2 * kPairs; ++c) acc[r][c] = load<VF>(sums + r * padded + h + c * LANES);
     }
     for (int64_t j = 0; j < count; ++j) {
-        if (kQueries == 1 && h == 0) fetch(values.ahead, j, padded);
+        if (kQueries == 1 && h == 0) values.fetch_next(j, padded);
 #pragma GCC unroll 8
         for (int c = 0; c < kPairs; ++c) {
             VF first, second;
-            load_pair(values.rows[j] + h + c * 2 * LANES, first, second);
+            load_pair(values[j] + h + c * 2 * LANES, first, second);
 #pragma GCC unroll 8
             for (int r = 0; r < kQueries; ++r) {
                 const VF weight = splat(weights[r * kKeyRun + j]);
@@ -144,20 +155,20 @@ NOINLINE void take_run(float* scores, int64_t first, int64_t end, float* sums, i
 
 // The keys of one run into `state`; query q sees those from first[q] up to and without end[q], of which the run holds `count`.
 template <typename T>
-NOINLINE void attend_run(int64_t num_queries, const AttentionScratch& s, int64_t padded, const Run<T>& keys, const Run<T>& values,
+NOINLINE void attend_run(int64_t num_queries, const float* queries, float* scores, int64_t padded, const Run<T>& keys, const Run<T>& values,
                          int64_t count, const int64_t* first, const int64_t* end, const Attended& state) {
     int64_t r = 0;
-    for (; r + 4 <= num_queries; r += 4) score<4>(s.queries + r * padded, padded, keys, s.scores + r * kKeyRun);
-    for (; r + 2 <= num_queries; r += 2) score<2>(s.queries + r * padded, padded, keys, s.scores + r * kKeyRun);
-    for (; r < num_queries; ++r) score<1>(s.queries + r * padded, padded, keys, s.scores + r * kKeyRun);
+    for (; r + 4 <= num_queries; r += 4) score<4>(queries + r * padded, padded, keys, scores + r * kKeyRun);
+    for (; r + 2 <= num_queries; r += 2) score<2>(queries + r * padded, padded, keys, scores + r * kKeyRun);
+    for (; r < num_queries; ++r) score<1>(queries + r * padded, padded, keys, scores + r * kKeyRun);
     for (r = 0; r < num_queries; ++r) {
         const int64_t last = end[r] < count ? end[r] : count;
-        take_run(s.scores + r * kKeyRun, first[r], last, state.sums + r * padded, padded, state.largest[r], state.total[r]);
+        take_run(scores + r * kKeyRun, first[r], last, state.sums + r * padded, padded, state.largest[r], state.total[r]);
     }
     r = 0;
-    for (; r + 4 <= num_queries; r += 4) add_all_values<4, 1>(s.scores + r * kKeyRun, values, count, state.sums + r * padded, padded);
-    for (; r + 2 <= num_queries; r += 2) add_all_values<2, 2>(s.scores + r * kKeyRun, values, count, state.sums + r * padded, padded);
-    for (; r < num_queries; ++r) add_all_values<1, 4>(s.scores + r * kKeyRun, values, count, state.sums + r * padded, padded);
+    for (; r + 4 <= num_queries; r += 4) add_all_values<4, 1>(scores + r * kKeyRun, values, count, state.sums + r * padded, padded);
+    for (; r + 2 <= num_queries; r += 2) add_all_values<2, 2>(scores + r * kKeyRun, values, count, state.sums + r * padded, padded);
+    for (; r < num_queries; ++r) add_all_values<1, 4>(scores + r * kKeyRun, values, count, state.sums + r * padded, padded);
 }
 
 // Take the next piece of the same queries into `all`.
@@ -191,26 +202,15 @@ struct Chunk {
     INLINE int64_t end_piece() const { return (to + kPiece - 1) / kPiece; }
 };
 
-// Where a run's keys and values of the first head lie; those of head g stand g * H further.
-template <typename T>
-struct RunRows {
-    const T *keys[kKeyRun], *values[kKeyRun];
-
-    INLINE void find(const Pool& pool, const int32_t* table, int64_t slot_size, const T* first_keys, const T* first_values,
-                     int64_t start, int64_t count) {
-        int64_t slot = 0;
-        for (int64_t j = 0, block = start / pool.block_size, offset = start % pool.block_size; j < kKeyRun; ++j) {
-            if (j < count) slot = (static_cast<int64_t>(table[block]) * pool.block_size + offset) * slot_size;
-            keys[j] = first_keys + slot;
-            values[j] = first_values + slot;
-            if (++offset == pool.block_size) ++block, offset = 0;
-        }
+// Where a run's keys and values lie, in numbers from the first slot's.
+INLINE void find_run(const Pool& pool, const int32_t* table, int64_t slot_size, int64_t start, int64_t count, int64_t* offsets) {
+    int64_t j = 0;
+    for (int64_t block = start / pool.block_size, skipped = start % pool.block_size; j < count; ++block, skipped = 0) {
+        const int64_t slot = static_cast<int64_t>(table[block]) * pool.block_size;
+        for (int64_t i = skipped; i < pool.block_size && j < count; ++i, ++j) offsets[j] = (slot + i) * slot_size;
     }
-
-    INLINE void move(int64_t numbers) {
-        for (int64_t j = 0; j < kKeyRun; ++j) keys[j] += numbers, values[j] += numbers;
-    }
-};
+    for (; j < kKeyRun; ++j) offsets[j] = offsets[count - 1];
+}
 
 // One piece of the keys for the chunk's rows and key/value heads first_head..end_head - 1, head g into the Attended at
 // states + (g - first_head) * state_stride. Heads take turns within a run, so that memory is read nearly as it lies.
@@ -228,11 +228,12 @@ INLINE void attend_piece(const Model& m, const Pool& pool, const Step& step, int
     }
     const int64_t end = chunk.to < (piece + 1) * kPiece ? chunk.to : (piece + 1) * kPiece;
     int64_t run = (chunk.from > piece * kPiece ? chunk.from : piece * kPiece) / kKeyRun * kKeyRun;
+    int64_t offsets[2][kKeyRun];
+    if (run < end) find_run(pool, table, slot_size, run, end - run < kKeyRun ? end - run : kKeyRun, offsets[run / kKeyRun % 2]);
     for (; run < end; run += kKeyRun) {
-        const int64_t count = end - run < kKeyRun ? end - run : kKeyRun;
-        RunRows<T> rows, next;
-        rows.find(pool, table, slot_size, keys, values, run, count);
-        next = rows;
+        const int64_t count = end - run < kKeyRun ? end - run : kKeyRun, left = end - run - count;
+        const int64_t *const own = offsets[run / kKeyRun % 2], *const following = offsets[(run / kKeyRun + 1) % 2];
+        if (left > 0) find_run(pool, table, slot_size, run + count, left < kKeyRun ? left : kKeyRun, offsets[(run / kKeyRun + 1) % 2]);
         int64_t first[kMostQueries], last[kMostQueries];
         for (int64_t q = 0; q < num_queries; ++q) {
             const int64_t position = step.positions[chunk.first_row + q / group];
@@ -240,20 +241,19 @@ INLINE void attend_piece(const Model& m, const Pool& pool, const Step& step, int
             last[q] = position + 1 - run;
         }
         for (int64_t g = first_head; g < end_head; ++g) {
-            for (int64_t q = 0; q < num_queries; ++q) {
-                const int64_t row = chunk.first_row + q / group;
-                const float* const from = queries + (row * m.num_heads + g * group + q % group) * padded;
-                for (int64_t h = 0; h < padded; h += LANES) store(s.queries + q * padded + h, load<VF>(from + h));
+            const float* const from = queries + (chunk.first_row * m.num_heads + g * group) * padded;
+            for (int64_t i = 0; chunk.num_rows > 1 && i < num_queries * padded; i += LANES) {
+                const int64_t row = i / (group * padded);
+                store(s.queries + i, load<VF>(from + i + row * (m.num_heads - group) * padded));
             }
-            if (g + 1 < end_head) {
-                next.move(m.head_dim);
-            } else if (run + kKeyRun < end) {
-                const int64_t left = end - run - kKeyRun;
-                next.find(pool, table, slot_size, keys, values, run + kKeyRun, left < kKeyRun ? left : kKeyRun);
-            }
+            const int64_t head = (g - first_head) * m.head_dim;
+            const bool is_last = g + 1 == end_head;
+            const T* const next = !is_last ? keys + head + m.head_dim : left > 0 ? keys : nullptr;
+            const Run<T> own_keys{keys + head, own, values + head, own};
+            const Run<T> own_values{values + head, own, next, is_last ? following : own};
             const Attended state(states + (g - first_head) * state_stride, num_queries, padded);
-            attend_run<T>(num_queries, s, padded, {rows.keys, rows.values}, {rows.values, next.keys}, count, first, last, state);
-            rows.move(m.head_dim);
+            attend_run<T>(num_queries, chunk.num_rows > 1 ? s.queries : from, s.scores, padded, own_keys, own_values, count, first,
+                          last, state);
         }
     }
 }
