@@ -11,6 +11,8 @@ from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from lrt_core.kernels.pages import copy_to_large_pages
+
 TILE = 16
 """Outputs of one packed tile."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -107,7 +109,7 @@ class PackedMatrix:
         full = torch.zeros(padded(n), padded(k), dtype=weight.dtype)
         full[:n, :k] = weight
         tiles = full.view(padded(n) // TILE, TILE, padded(k) // depth, depth).permute(0, 2, 1, 3)
-        self.data = tiles.contiguous()
+        self.data = copy_to_large_pages(tiles)
         # Native code reads an int8 number as the top byte of a 32-bit one, 2^24 times too large.
         self.scales = None if scales is None else torch.cat([scales * 2.0**-24, torch.zeros(padded(n) - n)]).contiguous()
         self.n, self.k = n, k
