@@ -134,9 +134,14 @@ struct Workspace {
         };
         const auto activation = [&](int64_t size) __attribute__((always_inline)) {
             const int64_t stride = padded_size(size);
-            Activation a{reinterpret_cast<float*>(take(rows * stride * 4)), nullptr, stride};
+            Activation a{reinterpret_cast<float*>(take(rows * stride * 4)), nullptr, nullptr, nullptr, nullptr, stride};
 #if BF16_DOT
             a.pairs = reinterpret_cast<uint16_t*>(take(rows * stride * 2));
+#endif
+#if VNNI
+            a.high = reinterpret_cast<uint8_t*>(take(rows * stride));
+            a.low = reinterpret_cast<uint8_t*>(take(rows * stride));
+            a.steps = reinterpret_cast<float*>(take(rows * 4));
 #endif
             return a;
         };
@@ -267,6 +272,13 @@ INLINE void each_row(int64_t rows, Team& team, Work work) {
     for (int64_t row; (row = team.take(counter, 1)) < rows;) work(row);
 }
 
+// Between barriers: what the coming product with `m` needs of rows that several threads have written.
+INLINE void prepare(const Matrix& m, const Activation& a, int64_t rows, Team& team) {
+    if (!VNNI || m.kind != kInt8) return;
+    each_row(rows, team, [&](int64_t row) __attribute__((always_inline)) { a.quantize(row); });
+    team.barrier();
+}
+
 template <typename T>
 INLINE void run_layer(const Model& m, const Pool& pool, const Step& step, int64_t index, int64_t num_chunks, const Workspace& w,
                       float* scratch, Team& team) {
@@ -276,6 +288,7 @@ INLINE void run_layer(const Model& m, const Pool& pool, const Step& step, int64_
         float* x = step.x + row * stride;
         inject_row(layer, step.memory == nullptr ? nullptr : step.memory + row * size, step.x0 + row * stride, x, size);
         set_row(w.normed, row, x, norm_scale(x, size, m.eps), size);
+        if (layer.input.kind == kInt8) w.normed.quantize(row);
     });
     team.barrier();
     product(layer.input, w.normed, rows, team, [&](int64_t row, int64_t column, VF sum) __attribute__((always_inline)) {
@@ -303,11 +316,13 @@ INLINE void run_layer(const Model& m, const Pool& pool, const Step& step, int64_
         float* x = step.x + row * stride + column;
         store(x, load<VF>(x) + sum);
     };
+    prepare(layer.output, w.attended, rows, team);
     product(layer.output, w.attended, rows, team, add_to_stream);
     team.barrier();
     each_row(rows, team, [&](int64_t row) __attribute__((always_inline)) {
         const float* x = step.x + row * stride;
         set_row(w.normed, row, x, norm_scale(x, size, m.eps), size);
+        if (layer.up.kind == kInt8) w.normed.quantize(row);
     });
     team.barrier();
     product(layer.up, w.normed, rows, team, [&](int64_t row, int64_t column, VF sum) __attribute__((always_inline)) {
@@ -315,6 +330,7 @@ INLINE void run_layer(const Model& m, const Pool& pool, const Step& step, int64_
         w.hidden.set(row, column, positive * positive);
     });
     team.barrier();
+    prepare(layer.down, w.hidden, rows, team);
     product(layer.down, w.hidden, rows, team, add_to_stream);
     team.barrier();
 }
@@ -331,6 +347,7 @@ INLINE void run_layers(const Model& m, const Pool& pool, const Step& step, int64
     if (step.memory != nullptr) {
         each_row(step.num_rows, team, [&](int64_t row) __attribute__((always_inline)) {
             set_row(w.memory, row, step.memory + row * size, 1.0f, size);
+            if (m.layers[0].input.kind == kInt8) w.memory.quantize(row);
         });
         if (m.shares_memory) {
             team.barrier();
@@ -400,11 +417,17 @@ void embed(const Model& m, const Step& step, Team& team) {
 // out [rows, n] = input [rows, k] times the matrix; softcap > 0: softcap * tanh(. / softcap) of it.
 void apply(const Matrix& m, const float* input, int64_t rows, float softcap, char* memory, float* out, Team& team) {
     const int64_t stride = padded_size(m.k);
-    Activation a{reinterpret_cast<float*>(memory), nullptr, stride};
-#if BF16_DOT
-    a.pairs = reinterpret_cast<uint16_t*>(memory + rows * stride * 4);
-#endif
-    each_row(rows, team, [&](int64_t row) __attribute__((always_inline)) { set_row(a, row, input + row * m.k, 1.0f, m.k); });
+    const int64_t size = rows * stride;
+    const Activation a{reinterpret_cast<float*>(memory),
+                       reinterpret_cast<uint16_t*>(memory + 4 * size),
+                       reinterpret_cast<uint8_t*>(memory + 6 * size),
+                       reinterpret_cast<uint8_t*>(memory + 7 * size),
+                       reinterpret_cast<float*>(memory + 8 * size),
+                       stride};
+    each_row(rows, team, [&](int64_t row) __attribute__((always_inline)) {
+        set_row(a, row, input + row * m.k, 1.0f, m.k);
+        if (m.kind == kInt8) a.quantize(row);
+    });
     team.barrier();
     product(m, a, rows, team, [&](int64_t row, int64_t column, VF sum) __attribute__((always_inline)) {
         if (softcap > 0.0f) {

@@ -9,6 +9,7 @@ typedef float VF __attribute__((vector_size(4 * LANES)));
 typedef int32_t VI __attribute__((vector_size(4 * LANES)));
 typedef uint32_t VU __attribute__((vector_size(4 * LANES)));
 typedef uint16_t VH __attribute__((vector_size(2 * LANES)));
+typedef uint8_t VB __attribute__((vector_size(LANES)));
 
 
 template <typename V, typename T>
