@@ -134,13 +134,12 @@ struct Workspace {
         };
         const auto activation = [&](int64_t size) __attribute__((always_inline)) {
             const int64_t stride = padded_size(size);
-            Activation a{reinterpret_cast<float*>(take(rows * stride * 4)), nullptr, nullptr, nullptr, nullptr, stride};
+            Activation a{reinterpret_cast<float*>(take(rows * stride * 4)), nullptr, nullptr, nullptr, stride};
 #if BF16_DOT
             a.pairs = reinterpret_cast<uint16_t*>(take(rows * stride * 2));
 #endif
 #if VNNI
-            a.high = reinterpret_cast<uint8_t*>(take(rows * stride));
-            a.low = reinterpret_cast<uint8_t*>(take(rows * stride));
+            a.bytes = reinterpret_cast<uint8_t*>(take(rows * stride * 2));
             a.steps = reinterpret_cast<float*>(take(rows * 4));
 #endif
             return a;
@@ -421,7 +420,6 @@ void apply(const Matrix& m, const float* input, int64_t rows, float softcap, cha
     const Activation a{reinterpret_cast<float*>(memory),
                        reinterpret_cast<uint16_t*>(memory + 4 * size),
                        reinterpret_cast<uint8_t*>(memory + 6 * size),
-                       reinterpret_cast<uint8_t*>(memory + 7 * size),
                        reinterpret_cast<float*>(memory + 8 * size),
                        stride};
     each_row(rows, team, [&](int64_t row) __attribute__((always_inline)) {
