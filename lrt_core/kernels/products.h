@@ -241,7 +241,7 @@ INLINE void multiply(const W* w, int64_t tiles, int64_t tile_size, const A* a, i
     switch (rows * 16 + tiles) {
         CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1)
 #if LANES == 16
-        CASE(7, 1) CASE(8, 1) CASE(4, 2) CASE(5, 2) CASE(6, 2) CASE(7, 2) CASE(8, 2)
+        CASE(7, 1) CASE(8, 1) CASE(3, 2) CASE(4, 2) CASE(5, 2) CASE(6, 2) CASE(7, 2) CASE(8, 2)
         CASE(1, 8) CASE(2, 4) CASE(3, 4) CASE(4, 4)
 #else
         CASE(1, 4) CASE(2, 2) CASE(3, 2)
