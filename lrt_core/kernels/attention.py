@@ -35,8 +35,8 @@ def paged_attention(
     """Each row's attention to its sequence's tokens at distances 0..window -> float32 [T, N, H].
 
     query float32 [T, N, H]; positions int64 [T]; keys and values [slots, G, H], with `READ_AHEAD` numbers behind them; rows
-    row_starts[s]..row_starts[s + 1] belong to sequence s, whose blocks are tables[s]. is_split: several threads may share a row's
-    keys, which changes no bit of the result.
+    row_starts[s]..row_starts[s + 1] belong to sequence s, whose blocks are tables[s]. is_split: several threads may share
+    a row's keys, which changes no bit of the result.
     """
     num_rows, num_heads, head_dim = query.shape
     layer = (LayerStruct * 1)(LayerStruct(window=window))

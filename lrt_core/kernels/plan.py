@@ -19,7 +19,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 MOST_QUERIES = 16
 """Query heads of one key/value head that native attention takes."""
 PARTIAL_SIZE = 2**21
-"""Numbers for pieces of attention that wait for each other, 8 MiB; a step that would need more gives no thread less than a row."""
+"""Numbers for pieces of attention that wait for each other, 8 MiB; where a step needs more, no threads share a row."""
 READ_AHEAD = 64
 """Numbers behind the end of the pool's keys and values that the native step may read."""
 
@@ -27,7 +27,14 @@ READ_AHEAD = 64
 class MatrixStruct(Structure):
     """A packed weight."""
 
-    _fields_ = (("data", c_void_p), ("scales", c_void_p), ("offsets", c_void_p), ("n", c_int64), ("k", c_int64), ("kind", c_int32))
+    _fields_ = (
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("offsets", c_void_p),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("kind", c_int32),
+    )
 
 
 class LayerStruct(Structure):
