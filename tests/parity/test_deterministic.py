@@ -115,7 +115,9 @@ def test_int8_is_the_oracle_on_rounded_weights(variant: str, prefill: str) -> No
         compare_with_rounded(model, item, outcome, tolerance)
 
 
-def compare_with_rounded(model: LatentRecurrentTransformer, item: GenerationRequest, outcome: Outcome, tolerance: float) -> None:
+def compare_with_rounded(
+    model: LatentRecurrentTransformer, item: GenerationRequest, outcome: Outcome, tolerance: float
+) -> None:
     """Ids and logprobs of an int8 engine against the oracle on the rounded and on the full weights."""
     ids = [*item.prompt_ids, *outcome.token_ids]
     twin = rounded(model)
