@@ -21,6 +21,7 @@ from lrt_core.fused import FusedInputProjections
 from lrt_core.kernels.plan import (
     KINDS,
     MOST_QUERIES,
+    PARTIAL_SIZE,
     LayerStruct,
     MatrixStruct,
     ModelStruct,
@@ -102,6 +103,7 @@ class NativeModel:
         )
         self._num_rows = self._num_threads = 0
         self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._partial = torch.empty(PARTIAL_SIZE)
 
     @property
     def step_bytes(self) -> int:
@@ -136,6 +138,7 @@ class NativeModel:
         step.slots, step.num_sequences = pointer(kv.slots), len(kv.context_lens)
         for name in ("row_starts", "context_lens", "table_starts", "tables"):
             setattr(step, name, getattr(kv, name).ctypes.data)
+        step.partial, step.partial_size = pointer(self._partial), PARTIAL_SIZE
         pool = kv.pool
         layer_stride = pool.keys.stride(0)
         pool_struct = PoolStruct(

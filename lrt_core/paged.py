@@ -23,6 +23,7 @@ from torch import Tensor
 from lrt_core.attention import attention
 from lrt_core.config import ModelConfig
 from lrt_core.kernels.attention import gathered_attention
+from lrt_core.kernels.pages import advise_large_pages
 from lrt_core.kernels.plan import READ_AHEAD
 from lrt_core.kv import Heads
 from lrt_core.model import stream_dtype
@@ -61,7 +62,7 @@ class PagedPool:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """Zeros with something behind them: native code reads whole vectors, past the last head's end too."""
     size = math.prod(shape)
-    return torch.zeros(size + READ_AHEAD, dtype=dtype, device=device)[:size].view(shape)
+    return advise_large_pages(torch.zeros(size + READ_AHEAD, dtype=dtype, device=device))[:size].view(shape)
 
 
 @dataclass(frozen=True)

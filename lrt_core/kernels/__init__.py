@@ -21,7 +21,7 @@ from torch import Tensor
 from lrt_core.kernels.plan import declare
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_VERSION = 3
+_VERSION = 4
 """Of the library's functions; raised with every change of one, so that a library from an older build is not called."""
 _EPS = torch.finfo(torch.float32).eps
 """Of every norm, in bfloat16 too."""
@@ -71,6 +71,25 @@ def instruction_set() -> str:
     """Which of its instruction sets the native step uses here."""
     name: bytes = library().lrt_instruction_set()
     return name.decode()
+
+
+def instruction_sets() -> list[str]:
+    """All that this processor has, the best first."""
+    found: list[str] = []
+    while (name := library().lrt_available_set(len(found))) is not None:
+        found.append(name.decode())
+    return found
+
+
+@contextmanager
+def using_instruction_set(name: str) -> Iterator[None]:
+    """Take another one of `instruction_sets` within a block, for models and operands made there."""
+    before = instruction_set()
+    library().lrt_use_set(instruction_sets().index(name))
+    try:
+        yield
+    finally:
+        library().lrt_use_set(instruction_sets().index(before))
 
 
 @contextmanager

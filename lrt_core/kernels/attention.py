@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lrt_core import kernels
 from lrt_core.attention import attention
-from lrt_core.kernels.plan import KINDS, LayerStruct, ModelStruct, PoolStruct, StepStruct
+from lrt_core.kernels.plan import KINDS, PARTIAL_SIZE, LayerStruct, ModelStruct, PoolStruct, StepStruct
 
 Numbers = npt.NDArray[np.int32]
 
@@ -30,11 +30,13 @@ def paged_attention(
     block_size: int,
     row_starts: Numbers,
     tables: list[list[int]],
+    is_split: bool = True,
 ) -> Tensor:
     """Each row's attention to its sequence's tokens at distances 0..window -> float32 [T, N, H].
 
     query float32 [T, N, H]; positions int64 [T]; keys and values [slots, G, H], with `READ_AHEAD` numbers behind them; rows
-    row_starts[s]..row_starts[s + 1] belong to sequence s, whose blocks are tables[s].
+    row_starts[s]..row_starts[s + 1] belong to sequence s, whose blocks are tables[s]. is_split: several threads may share
+    a row's keys, which changes no bit of the result.
     """
     num_rows, num_heads, head_dim = query.shape
     layer = (LayerStruct * 1)(LayerStruct(window=window))
@@ -49,6 +51,8 @@ def paged_attention(
     }
     pointers = {name: array.ctypes.data for name, array in arrays.items()}
     step = StepStruct(num_rows=num_rows, num_sequences=len(tables), positions=positions.data_ptr(), **pointers)
+    partial = torch.empty(PARTIAL_SIZE if is_split else 0)
+    step.partial, step.partial_size = partial.data_ptr(), len(partial)
     library, num_threads = kernels.library(), torch.get_num_threads()
     workspace = torch.zeros(library.lrt_workspace_size(ctypes.byref(model), num_rows, num_threads), dtype=torch.uint8)
     out = torch.empty(num_rows, num_heads, head_dim)

@@ -15,10 +15,11 @@ enum Kind : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
 constexpr int64_t kTile = 16;
 
 // A weight [n, k] in tiles of 16 outputs, zero-padded to multiples of 16 both ways: float32 [n/16][k][16],
-// bfloat16 [n/16][k/2][16][2], int8 [n/16][k/4][16][4] with one scale per output.
+// bfloat16 [n/16][k/2][16][2], int8 [n/16][k/4][16][4] with one scale per output and -128 times the sum of its weights.
 struct Matrix {
     const void* data;
     const float* scales;
+    const int32_t* offsets;
     int64_t n, k;
     int32_t kind;
 };
@@ -70,6 +71,8 @@ struct Step {
     const float* memory;  // [T, D], or null for a plain model
     float* x;             // [T, D padded to 16] residual stream
     float* x0;            // the same before layer 0
+    float* partial;       // where pieces of attention wait for each other, `partial_size` numbers
+    int64_t partial_size;
 };
 
 }  // namespace lrt

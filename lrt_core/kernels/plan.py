@@ -11,11 +11,15 @@ from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from lrt_core.kernels.pages import copy_to_large_pages
+
 TILE = 16
 """Outputs of one packed tile."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 MOST_QUERIES = 16
 """Query heads of one key/value head that native attention takes."""
+PARTIAL_SIZE = 2**21
+"""Numbers for pieces of attention that wait for each other, 8 MiB; where a step needs more, no threads share a row."""
 READ_AHEAD = 64
 """Numbers behind the end of the pool's keys and values that the native step may read."""
 
@@ -23,7 +27,14 @@ READ_AHEAD = 64
 class MatrixStruct(Structure):
     """A packed weight."""
 
-    _fields_ = (("data", c_void_p), ("scales", c_void_p), ("n", c_int64), ("k", c_int64), ("kind", c_int32))
+    _fields_ = (
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("offsets", c_void_p),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("kind", c_int32),
+    )
 
 
 class LayerStruct(Structure):
@@ -83,7 +94,8 @@ class StepStruct(Structure):
             (name, c_void_p)
             for name in ("tokens", "positions", "slots", "row_starts", "context_lens", "table_starts", "tables")
         ),
-        *((name, c_void_p) for name in ("memory", "x", "x0")),
+        *((name, c_void_p) for name in ("memory", "x", "x0", "partial")),
+        ("partial_size", c_int64),
     )
 
 
@@ -104,17 +116,19 @@ class PackedMatrix:
         full = torch.zeros(padded(n), padded(k), dtype=weight.dtype)
         full[:n, :k] = weight
         tiles = full.view(padded(n) // TILE, TILE, padded(k) // depth, depth).permute(0, 2, 1, 3)
-        self.data = tiles.contiguous()
+        self.data = copy_to_large_pages(tiles)
         # Native code reads an int8 number as the top byte of a 32-bit one, 2^24 times too large.
         self.scales = None if scales is None else torch.cat([scales * 2.0**-24, torch.zeros(padded(n) - n)]).contiguous()
         self.n, self.k = n, k
-        pointer = None if self.scales is None else self.scales.data_ptr()
-        self.struct = MatrixStruct(self.data.data_ptr(), pointer, n, k, KINDS[weight.dtype])
+        # Where native code multiplies bytes, those of activations count 128 too much in their upper half.
+        self.offsets = None if scales is None else -128 * full.sum(dim=1, dtype=torch.int32)
+        pointers = self.data.data_ptr(), pointer(self.scales), pointer(self.offsets)
+        self.struct = MatrixStruct(*pointers, n, k, KINDS[weight.dtype])
 
     @property
     def nbytes(self) -> int:
         """Bytes that one use of the matrix reads."""
-        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        return self.data.nbytes + sum(part.nbytes for part in (self.scales, self.offsets) if part is not None)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +146,9 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 def declare(library: ctypes.CDLL) -> None:
     """Tell ctypes the signatures of the native step's functions."""
-    library.lrt_instruction_set.restype = ctypes.c_char_p
+    library.lrt_instruction_set.restype = library.lrt_available_set.restype = ctypes.c_char_p
+    library.lrt_available_set.argtypes = library.lrt_use_set.argtypes = (c_int64,)
+    library.lrt_use_set.restype = None
     library.lrt_workspace_size.restype = c_int64
     library.lrt_workspace_size.argtypes = (POINTER(ModelStruct), c_int64, c_int64)
     library.lrt_embed.argtypes = (POINTER(ModelStruct), POINTER(StepStruct), c_int64)

@@ -18,7 +18,7 @@ def apply(matrix: PackedMatrix, x: Tensor, softcap: float = 0.0) -> Tensor:
     assert x.dtype == torch.float32 and x.ndim == 2 and x.shape[1] == matrix.k
     x = x.contiguous()
     out = torch.empty(len(x), matrix.n)
-    workspace = torch.zeros(6 * len(x) * padded(matrix.k), dtype=torch.uint8)
+    workspace = torch.zeros(len(x) * (8 * padded(matrix.k) + 4), dtype=torch.uint8)
     pointers = (x.data_ptr(), len(x), softcap, workspace.data_ptr(), out.data_ptr())
     kernels.library().lrt_apply(matrix.struct, *pointers, torch.get_num_threads())
     return out

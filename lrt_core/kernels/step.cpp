@@ -5,6 +5,8 @@
 // Neighbours: `plan.h` has the structs, `products.h`, `attention.h` and `step.h` the work, `plan.py` the Python side.
 
 #include <cstdint>
+#include <cstring>
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -47,6 +49,7 @@ struct Team {
 
 #define LANES 8
 #define BF16_DOT 0
+#define VNNI 0
 namespace plain {
 namespace {
 #include "vectors.h"
@@ -105,14 +108,36 @@ namespace {
 #pragma GCC pop_options
 #endif
 
+#undef VNNI
+#define VNNI 1
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,prefer-vector-width=512")
+#endif
+namespace avx512_vnni {
+namespace {
+#include "vectors.h"
+#include "products.h"
+#include "attention.h"
+#include "step.h"
+}  // namespace
+}  // namespace avx512_vnni
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
 #if HAS_BF16_DOT
 #undef BF16_DOT
 #define BF16_DOT 1
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,fma,prefer-vector-width=512")
 #endif
 namespace avx512_bf16 {
 namespace {
@@ -142,35 +167,35 @@ struct Set {
     int64_t (*workspace_size)(const Model&, int64_t, int64_t);
 };
 
-constexpr Set kPlain = {"plain", plain::embed, plain::layers, plain::apply, plain::attend, plain::workspace_size};
-#if HAS_VARIANTS
-constexpr Set kAvx2 = {"avx2", avx2::embed, avx2::layers, avx2::apply, avx2::attend, avx2::workspace_size};
-constexpr Set kAvx512 = {"avx512", avx512::embed, avx512::layers, avx512::apply, avx512::attend, avx512::workspace_size};
-#if HAS_BF16_DOT
-constexpr Set kAvx512Bf16 = {"avx512_bf16", avx512_bf16::embed, avx512_bf16::layers, avx512_bf16::apply, avx512_bf16::attend, avx512_bf16::workspace_size};
-#endif
-#endif
+#define SET(name) Set{#name, name::embed, name::layers, name::apply, name::attend, name::workspace_size}
 
-// The best instruction set that this processor has.
-Set detect() {
+// What this processor has, the best first.
+const std::vector<Set>& available() {
+    static const std::vector<Set> sets = [] {
+        std::vector<Set> found;
 #if HAS_VARIANTS
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+        __builtin_cpu_init();
+        const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
 #if HAS_BF16_DOT
-        if (__builtin_cpu_supports("avx512bf16")) return kAvx512Bf16;
+        if (has_vnni && __builtin_cpu_supports("avx512bf16")) found.push_back(SET(avx512_bf16));
 #endif
-        return kAvx512;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+        if (has_vnni) found.push_back(SET(avx512_vnni));
+        if (has_avx512) found.push_back(SET(avx512));
+        if (has_avx2) found.push_back(SET(avx2));
 #endif
-    return kPlain;
+        found.push_back(SET(plain));
+        return found;
+    }();
+    return sets;
 }
 
-Set set = detect();
+Set set = available()[0];
 
 // Phases of a call: each has at most one counter of its own, and a few more before and after the layers.
-constexpr int64_t kCountersPerLayer = 10, kOtherCounters = 8;
+constexpr int64_t kCountersPerLayer = 14, kOtherCounters = 8;
 
 template <typename Work>
 void run_team(int64_t num_threads, int64_t num_counters, Work work) {
@@ -195,6 +220,14 @@ extern "C" {
 // Which instruction set runs.
 const char* lrt_instruction_set() { return lrt::set.name; }
 
+// Name of the index-th set that this processor has, the best first; null behind the last.
+const char* lrt_available_set(int64_t index) {
+    return index < static_cast<int64_t>(lrt::available().size()) ? lrt::available()[index].name : nullptr;
+}
+
+// Use the index-th of them from now on; for tests and comparisons, while no other call runs. Workspaces must be cut anew.
+void lrt_use_set(int64_t index) { lrt::set = lrt::available()[index]; }
+
 int64_t lrt_workspace_size(const lrt::Model* model, int64_t rows, int64_t num_threads) {
     return lrt::set.workspace_size(*model, rows, num_threads);
 }
@@ -211,7 +244,7 @@ void lrt_layers(const lrt::Model* model, const lrt::Pool* pool, const lrt::Step*
                   [&](lrt::Team& team) { lrt::set.layers(*model, *pool, *step, first, end, workspace, out, team); });
 }
 
-// out [rows, n] = input [rows, k] times the matrix, capped where softcap > 0. workspace: rows * (k padded to 16) * 6 bytes, zeroed.
+// out [rows, n] = input [rows, k] times the matrix, capped where softcap > 0. workspace: rows * (8 * (k padded to 16) + 4) bytes, zeroed.
 void lrt_apply(const lrt::Matrix* matrix, const float* input, int64_t rows, float softcap, char* workspace, float* out,
                int64_t num_threads) {
     lrt::run_team(num_threads, lrt::kOtherCounters,

@@ -62,7 +62,14 @@ INLINE void add_scaled(const E* x, float factor, int64_t size, float* out) {
 // A head's query in the order in which keys of type T are read, scaled for the softmax; padding stays zero.
 template <typename T>
 INLINE void place_query(const float* head, int64_t size, int64_t padded, float scale, float* out) {
-    for (int64_t h = 0; h < padded; ++h) {
+    int64_t h = 0;
+    for (; h + 2 * LANES <= size; h += 2 * LANES) {
+        VF first = load<VF>(head + h) * scale, second = load<VF>(head + h + LANES) * scale;
+        to_pair(static_cast<const T*>(nullptr), first, second);
+        store(out + h, first);
+        store(out + h + LANES, second);
+    }
+    for (; h < padded; ++h) {
         const int64_t natural = paired_index(static_cast<const T*>(nullptr), h);
         out[h] = natural < size ? head[natural] * scale : 0.0f;
     }
@@ -127,9 +134,13 @@ struct Workspace {
         };
         const auto activation = [&](int64_t size) __attribute__((always_inline)) {
             const int64_t stride = padded_size(size);
-            Activation a{reinterpret_cast<float*>(take(rows * stride * 4)), nullptr, stride};
+            Activation a{reinterpret_cast<float*>(take(rows * stride * 4)), nullptr, nullptr, nullptr, stride};
 #if BF16_DOT
             a.pairs = reinterpret_cast<uint16_t*>(take(rows * stride * 2));
+#endif
+#if VNNI
+            a.bytes = reinterpret_cast<uint8_t*>(take(rows * stride * 2));
+            a.steps = reinterpret_cast<float*>(take(rows * 4));
 #endif
             return a;
         };
@@ -146,11 +157,14 @@ struct Workspace {
         projected = reinterpret_cast<float*>(take(rows * projected_stride * 4));
         queries = reinterpret_cast<float*>(take(rows * m.num_heads * padded * 4));
         chunks = reinterpret_cast<int32_t*>(take(rows * 3 * 4));
-        scratch_size = 2 * kMostQueries * padded + kMostQueries * kKeyRun + 2 * m.head_dim;
+        scratch_size = AttentionScratch::size(padded) + 2 * m.head_dim;
         scratch = reinterpret_cast<float*>(take(num_threads * ((scratch_size + 15) / 16 * 16) * 4));
         return used;
     }
 };
+
+// Attention is cut into this many tasks for each thread, or as many as there can be.
+constexpr int64_t kTasksPerThread = 4;
 
 // Rows of one sequence whose queries share passes over the keys, at most.
 INLINE int64_t rows_of_chunk(const Model& m) {
@@ -179,15 +193,74 @@ INLINE void cut_chunks(const Model& m, const Step& step, int32_t* chunks) {
     }
 }
 
+// Each piece of the keys by whichever thread is free, then each chunk's pieces folded. num_pieces: the most of any chunk.
+template <typename T>
+INLINE void attend_pieces(const Model& m, const Pool& pool, const Step& step, int64_t layer, int64_t num_chunks, int64_t num_pieces,
+                          const Workspace& w, const AttentionScratch& s, Team& team) {
+    const int64_t padded = padded_head(m.head_dim), group = m.num_heads / m.num_kv_heads, window = m.layers[layer].window;
+    const int64_t most = num_chunks * num_pieces * m.num_kv_heads / (kTasksPerThread * team.num_threads);
+    const int64_t heads = most < 1 ? 1 : most < m.num_kv_heads ? most : m.num_kv_heads;
+    const int64_t num_parts = (m.num_kv_heads + heads - 1) / heads;
+    const auto place = [&](const Chunk& chunk, int64_t g, int64_t piece) __attribute__((always_inline)) {
+        const int64_t first = chunk.first_row * m.num_heads * num_pieces + (g * num_pieces + piece) * chunk.num_rows * group;
+        return step.partial + Attended::size(first, padded);
+    };
+    int64_t* counter = team.next_counter();
+    for (int64_t task; (task = team.take(counter, 1)) < num_chunks * num_pieces * num_parts;) {
+        const Chunk chunk(w.chunks + task / (num_pieces * num_parts) * 3, step, window);
+        const int64_t piece = chunk.first_piece() + task / num_parts % num_pieces, first_head = task % num_parts * heads;
+        if (piece >= chunk.end_piece()) continue;
+        const int64_t end_head = first_head + heads < m.num_kv_heads ? first_head + heads : m.num_kv_heads;
+        const int64_t stride = Attended::size(num_pieces * chunk.num_rows * group, padded);
+        attend_piece<T>(m, pool, step, layer, chunk, first_head, end_head, piece, w.queries, padded, s,
+                        place(chunk, first_head, piece - chunk.first_piece()), stride);
+    }
+    team.barrier();
+    counter = team.next_counter();
+    for (int64_t task; (task = team.take(counter, 1)) < num_chunks * m.num_kv_heads;) {
+        const Chunk chunk(w.chunks + task / m.num_kv_heads * 3, step, window);
+        const int64_t g = task % m.num_kv_heads, num_queries = chunk.num_rows * group;
+        const Attended all(place(chunk, g, 0), num_queries, padded);
+        for (int64_t piece = 1; piece < chunk.end_piece() - chunk.first_piece(); ++piece) {
+            fold(Attended(place(chunk, g, piece), num_queries, padded), num_queries, padded, all);
+        }
+        finish<T>(m, chunk, g, all, padded, w.attended);
+    }
+}
+
+// The same where pieces would need more room than there is: all of a chunk's pieces by one thread, a key/value head at a time.
+template <typename T>
+INLINE void attend_chunks(const Model& m, const Pool& pool, const Step& step, int64_t layer, int64_t num_chunks, const Workspace& w,
+                          const AttentionScratch& s, Team& team) {
+    const int64_t padded = padded_head(m.head_dim), group = m.num_heads / m.num_kv_heads;
+    int64_t* counter = team.next_counter();
+    for (int64_t task; (task = team.take(counter, 1)) < num_chunks * m.num_kv_heads;) {
+        const Chunk chunk(w.chunks + task / m.num_kv_heads * 3, step, m.layers[layer].window);
+        const int64_t g = task % m.num_kv_heads, num_queries = chunk.num_rows * group;
+        const Attended all(s.folded, num_queries, padded), own(s.piece, num_queries, padded);
+        for (int64_t piece = chunk.first_piece(); piece < chunk.end_piece(); ++piece) {
+            float* const states = piece == chunk.first_piece() ? s.folded : s.piece;
+            attend_piece<T>(m, pool, step, layer, chunk, g, g + 1, piece, w.queries, padded, s, states, 0);
+            if (piece > chunk.first_piece()) fold(own, num_queries, padded, all);
+        }
+        finish<T>(m, chunk, g, all, padded, w.attended);
+    }
+}
+
 template <typename T>
 INLINE void attend_all(const Model& m, const Pool& pool, const Step& step, int64_t layer, int64_t num_chunks, const Workspace& w,
                        float* scratch, Team& team) {
-    const int64_t padded = padded_head(m.head_dim);
-    const AttentionScratch s{scratch, scratch + kMostQueries * padded, scratch + 2 * kMostQueries * padded};
-    int64_t* counter = team.next_counter();
-    for (int64_t task; (task = team.take(counter, 1)) < num_chunks * m.num_kv_heads;) {
-        const int32_t* chunk = w.chunks + task / m.num_kv_heads * 3;
-        attend_rows<T>(m, pool, step, layer, chunk[0], chunk[1], chunk[2], task % m.num_kv_heads, w.queries, padded, s, w.attended);
+    const AttentionScratch s(scratch, padded_head(m.head_dim));
+    int64_t num_pieces = 0;
+    for (int64_t i = 0; i < num_chunks; ++i) {
+        const Chunk chunk(w.chunks + 3 * i, step, m.layers[layer].window);
+        const int64_t own = chunk.end_piece() - chunk.first_piece();
+        num_pieces = own > num_pieces ? own : num_pieces;
+    }
+    if (Attended::size(step.num_rows * m.num_heads * num_pieces, padded_head(m.head_dim)) <= step.partial_size) {
+        attend_pieces<T>(m, pool, step, layer, num_chunks, num_pieces, w, s, team);
+    } else {
+        attend_chunks<T>(m, pool, step, layer, num_chunks, w, s, team);
     }
 }
 
@@ -196,6 +269,13 @@ template <typename Work>
 INLINE void each_row(int64_t rows, Team& team, Work work) {
     int64_t* counter = team.next_counter();
     for (int64_t row; (row = team.take(counter, 1)) < rows;) work(row);
+}
+
+// Between barriers: what the coming product with `m` needs of rows that several threads have written.
+INLINE void prepare(const Matrix& m, const Activation& a, int64_t rows, Team& team) {
+    if (!VNNI || m.kind != kInt8) return;
+    each_row(rows, team, [&](int64_t row) __attribute__((always_inline)) { a.quantize(row); });
+    team.barrier();
 }
 
 template <typename T>
@@ -207,6 +287,7 @@ INLINE void run_layer(const Model& m, const Pool& pool, const Step& step, int64_
         float* x = step.x + row * stride;
         inject_row(layer, step.memory == nullptr ? nullptr : step.memory + row * size, step.x0 + row * stride, x, size);
         set_row(w.normed, row, x, norm_scale(x, size, m.eps), size);
+        if (layer.input.kind == kInt8) w.normed.quantize(row);
     });
     team.barrier();
     product(layer.input, w.normed, rows, team, [&](int64_t row, int64_t column, VF sum) __attribute__((always_inline)) {
@@ -223,7 +304,7 @@ INLINE void run_layer(const Model& m, const Pool& pool, const Step& step, int64_
     each_row(rows * m.num_kv_heads, team, [&](int64_t task) __attribute__((always_inline)) {
         const int64_t row = task / m.num_kv_heads;
         const float* projected = has_projected ? w.projected + row * w.projected_stride : nullptr;
-        float* head = scratch + 2 * kMostQueries * padded_head(m.head_dim) + kMostQueries * kKeyRun;
+        float* head = scratch + AttentionScratch::size(padded_head(m.head_dim));
         place_heads<T>(m, layer, step, row, task % m.num_kv_heads, w.product + row * w.product_stride, projected, keys, values,
                           w.queries, head);
     });
@@ -234,11 +315,13 @@ INLINE void run_layer(const Model& m, const Pool& pool, const Step& step, int64_
         float* x = step.x + row * stride + column;
         store(x, load<VF>(x) + sum);
     };
+    prepare(layer.output, w.attended, rows, team);
     product(layer.output, w.attended, rows, team, add_to_stream);
     team.barrier();
     each_row(rows, team, [&](int64_t row) __attribute__((always_inline)) {
         const float* x = step.x + row * stride;
         set_row(w.normed, row, x, norm_scale(x, size, m.eps), size);
+        if (layer.up.kind == kInt8) w.normed.quantize(row);
     });
     team.barrier();
     product(layer.up, w.normed, rows, team, [&](int64_t row, int64_t column, VF sum) __attribute__((always_inline)) {
@@ -246,6 +329,7 @@ INLINE void run_layer(const Model& m, const Pool& pool, const Step& step, int64_
         w.hidden.set(row, column, positive * positive);
     });
     team.barrier();
+    prepare(layer.down, w.hidden, rows, team);
     product(layer.down, w.hidden, rows, team, add_to_stream);
     team.barrier();
 }
@@ -262,6 +346,7 @@ INLINE void run_layers(const Model& m, const Pool& pool, const Step& step, int64
     if (step.memory != nullptr) {
         each_row(step.num_rows, team, [&](int64_t row) __attribute__((always_inline)) {
             set_row(w.memory, row, step.memory + row * size, 1.0f, size);
+            if (m.layers[0].input.kind == kInt8) w.memory.quantize(row);
         });
         if (m.shares_memory) {
             team.barrier();
@@ -331,11 +416,16 @@ void embed(const Model& m, const Step& step, Team& team) {
 // out [rows, n] = input [rows, k] times the matrix; softcap > 0: softcap * tanh(. / softcap) of it.
 void apply(const Matrix& m, const float* input, int64_t rows, float softcap, char* memory, float* out, Team& team) {
     const int64_t stride = padded_size(m.k);
-    Activation a{reinterpret_cast<float*>(memory), nullptr, stride};
-#if BF16_DOT
-    a.pairs = reinterpret_cast<uint16_t*>(memory + rows * stride * 4);
-#endif
-    each_row(rows, team, [&](int64_t row) __attribute__((always_inline)) { set_row(a, row, input + row * m.k, 1.0f, m.k); });
+    const int64_t size = rows * stride;
+    const Activation a{reinterpret_cast<float*>(memory),
+                       reinterpret_cast<uint16_t*>(memory + 4 * size),
+                       reinterpret_cast<uint8_t*>(memory + 6 * size),
+                       reinterpret_cast<float*>(memory + 8 * size),
+                       stride};
+    each_row(rows, team, [&](int64_t row) __attribute__((always_inline)) {
+        set_row(a, row, input + row * m.k, 1.0f, m.k);
+        if (m.kind == kInt8) a.quantize(row);
+    });
     team.barrier();
     product(m, a, rows, team, [&](int64_t row, int64_t column, VF sum) __attribute__((always_inline)) {
         if (softcap > 0.0f) {

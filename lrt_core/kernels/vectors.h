@@ -9,6 +9,7 @@ typedef float VF __attribute__((vector_size(4 * LANES)));
 typedef int32_t VI __attribute__((vector_size(4 * LANES)));
 typedef uint32_t VU __attribute__((vector_size(4 * LANES)));
 typedef uint16_t VH __attribute__((vector_size(2 * LANES)));
+typedef uint8_t VB __attribute__((vector_size(LANES)));
 
 
 template <typename V, typename T>
@@ -35,6 +36,66 @@ INLINE float reduce_sum(VF v) {
         for (int i = 0; i < width; ++i) part[i] += part[i + width];
     }
     return part[0];
+}
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (VI){__VA_ARGS__})
+#endif
+
+// Two vectors as one row of numbers: its even ones and its odd ones; and the way back.
+#if LANES == 16
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define ZIP_FIRST 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define ZIP_SECOND 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#else
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15
+#define ZIP_FIRST 0, 8, 1, 9, 2, 10, 3, 11
+#define ZIP_SECOND 4, 12, 5, 13, 6, 14, 7, 15
+#endif
+
+INLINE VF even(VF a, VF b) { return SHUFFLE(a, b, EVEN); }
+INLINE VF odd(VF a, VF b) { return SHUFFLE(a, b, ODD); }
+
+// reduce_sum of every vector, in the same order of additions: lane i is that of v[i].
+INLINE VF reduce_each(const VF* v) {
+#if LANES == 16
+    VF eighths[8], quarters[4], halves[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        const VF a = v[2 * i], b = v[2 * i + 1];
+        eighths[i] = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                     SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const VF a = eighths[2 * i], b = eighths[2 * i + 1];
+        quarters[i] = SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                      SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        const VF a = quarters[2 * i], b = quarters[2 * i + 1];
+        halves[i] = SHUFFLE(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+                    SHUFFLE(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    }
+#else
+    VF quarters[4], halves[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const VF a = v[2 * i], b = v[2 * i + 1];
+        quarters[i] = SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        const VF a = quarters[2 * i], b = quarters[2 * i + 1];
+        halves[i] = SHUFFLE(a, b, 0, 1, 4, 5, 8, 9, 12, 13) + SHUFFLE(a, b, 2, 3, 6, 7, 10, 11, 14, 15);
+    }
+#endif
+    return even(halves[0], halves[1]) + odd(halves[0], halves[1]);
 }
 
 INLINE float reduce_max(VF v) {
@@ -107,3 +168,25 @@ INLINE int64_t paired_index(const uint16_t*, int64_t i) {
     const int64_t within = i % (2 * LANES);
     return i - within + (within < LANES ? 2 * within : 2 * (within - LANES) + 1);
 }
+
+// Two vectors of consecutive numbers into that order, and back.
+INLINE void to_pair(const float*, VF&, VF&) {}
+INLINE void to_natural(const float*, VF&, VF&) {}
+
+INLINE void to_pair(const uint16_t*, VF& first, VF& second) {
+    const VF a = first, b = second;
+    first = even(a, b);
+    second = odd(a, b);
+}
+
+INLINE void to_natural(const uint16_t*, VF& first, VF& second) {
+    const VF a = first, b = second;
+    first = SHUFFLE(a, b, ZIP_FIRST);
+    second = SHUFFLE(a, b, ZIP_SECOND);
+}
+
+#undef EVEN
+#undef ODD
+#undef ZIP_FIRST
+#undef ZIP_SECOND
+#undef SHUFFLE

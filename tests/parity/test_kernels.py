@@ -16,7 +16,10 @@ from tests.helpers import VARIANTS, contracting_model, random_ids
 needs_native = pytest.mark.skipif(not kernels.is_native(), reason="the package's build found no C++ compiler")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
-SHAPES = [(1, 6, 6, 128, 300), (16, 6, 6, 128, 160), (3, 4, 2, 64, 77), (5, 4, 2, 8, 33), (2, 4, 1, 6, 5), (1, 1, 1, 2, 1)]
+SHAPES = [
+    *((1, 6, 6, 128, 600), (16, 6, 6, 128, 160), (3, 4, 2, 64, 300), (2, 12, 4, 24, 77), (5, 4, 2, 8, 33), (2, 4, 1, 6, 5)),
+    *((1, 16, 1, 40, 520), (1, 1, 1, 2, 1)),
+]
 """Sequences, heads, KV heads, head size, longest context."""
 
 
@@ -50,6 +53,8 @@ def test_paged_attention(shape: tuple[int, int, int, int, int], dtype: torch.dty
         mask = ((columns < ends) & (columns >= ends - 1 - window))[:, None, None, :]
         starts = np.arange(num_sequences + 1, dtype=np.int32)
         actual = paged_attention(query, lengths - 1, keys, values, window, 3, starts, blocks.tolist())
+        whole = paged_attention(query, lengths - 1, keys, values, window, 3, starts, blocks.tolist(), is_split=False)
+        assert torch.equal(actual, whole), window
         wide = gathered_attention(query, keys.float(), values.float(), slots, mask)
         assert (actual - wide).abs().max() < 1e-5, window
 
