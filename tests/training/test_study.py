@@ -79,7 +79,7 @@ def test_the_plan_holds_what_the_paper_varies() -> None:
 
 def test_choosing_runs() -> None:
     plan = chosen(PLANS["tiny"](), [BASELINE], [2.0, 1.0], 2)
-    assert [cell.name for cell in plan.cells()] == ["baseline_2_0", "baseline_1_0", "baseline_2_1", "baseline_1_1"]
+    assert [cell.name for cell in plan.cells()] == ["baseline_1_0", "baseline_2_0", "baseline_1_1", "baseline_2_1"]
     for variants, budgets, seeds, message in (
         (["other"], None, None, "no variant 'other'"),
         (None, [0.0], None, "above 0"),

@@ -73,14 +73,14 @@ class Plan:
         return sum(parameter.numel() for parameter in model.parameters())
 
     def cells(self) -> list[Cell]:
-        """The runs, those of the first seed first, and the longest of them first."""
+        """The runs, those of the first seed first, and of them the smallest budgets: cut short, a study has whole budgets."""
         cells = [
             Cell(variant, budget, seed)
             for variant in self.variants
             for budget in variant.budgets
             for seed in range(self.base.seed, self.base.seed + variant.num_seeds)
         ]
-        return sorted(cells, key=lambda cell: (cell.seed, -cell.tokens_per_parameter * cell.variant.cost))
+        return sorted(cells, key=lambda cell: (cell.seed, cell.tokens_per_parameter))
 
     def config(self, cell: Cell, vocab_size: int) -> TrainingConfig:
         """The run of a cell."""
@@ -156,6 +156,12 @@ def _matrix(num_layers: int, budgets: tuple[float, ...], longer: tuple[float, ..
     )
 
 
+def _matrix_plan(name: str, model: ModelConfig, changes: dict[str, Any], *budgets: tuple[float, ...], num_seeds: int) -> Plan:
+    """The matrix on a plain model; changes: of the training's own settings. budgets: see `_matrix`."""
+    base = TrainingConfig(model=model, schedule=BASELINE, prompt_cuts=0.0, eval_every=1_000_000, precision="float32", **changes)
+    return Plan(name, base, _matrix(model.num_layers, *budgets, num_seeds=num_seeds))
+
+
 def _million() -> Plan:
     model = ModelConfig(
         vocab_size=1024,
@@ -166,44 +172,14 @@ def _million() -> Plan:
         hidden_size=96,
         value_embeddings="alternating",
     )
-    base = TrainingConfig(
-        model=model,
-        schedule=BASELINE,
-        batch_size=32,
-        prompt_cuts=0.0,
-        eval_rows=256,
-        eval_every=1_000_000,
-        save_every=500,
-        log_every=50,
-        precision="float32",
-    )
-    return Plan("million", base, _matrix(model.num_layers, (2.5, 5.0, 10.0), (20.0, 30.0), num_seeds=2))
+    changes = {"batch_size": 32, "eval_rows": 256, "save_every": 500, "log_every": 50}
+    return _matrix_plan("million", model, changes, (2.5, 5.0, 10.0), (20.0, 30.0), num_seeds=2)
 
 
 def _tiny() -> Plan:
-    model = ModelConfig(
-        vocab_size=384,
-        sequence_len=32,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        hidden_size=32,
-        gate_channels=16,
-        value_embeddings="alternating",
-    )
-    base = TrainingConfig(
-        model=model,
-        schedule=BASELINE,
-        tokenizer_bytes=500_000,
-        batch_size=4,
-        prompt_cuts=0.0,
-        eval_rows=8,
-        eval_every=1_000_000,
-        save_every=5,
-        log_every=1,
-        precision="float32",
-    )
-    return Plan("tiny", base, _matrix(model.num_layers, (0.01, 0.02, 0.04), (0.08, 0.12), num_seeds=1))
+    model = replace(PRESETS["tiny"].model, sequence_len=32, value_embeddings="alternating", recurrence=None)
+    changes = {"tokenizer_bytes": 500_000, "batch_size": 4, "eval_rows": 8, "save_every": 5, "log_every": 1}
+    return _matrix_plan("tiny", model, changes, (0.01, 0.02, 0.04), (0.08, 0.12), num_seeds=1)
 
 
 def _small() -> Plan:
