@@ -149,7 +149,8 @@ def test_from_data_to_report_and_on(data: Path, tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_the_state_of_the_run_in_hand(data: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "training", "study", *SMALL, "--data", str(data), "--out", str(tmp_path / "out")]
+    small = ["--plan", "tiny", "--variants", RECURRENT, "--threads", "1"]
+    command = [sys.executable, "-m", "training", "study", *small, "--data", str(data), "--out", str(tmp_path / "out")]
     log = tmp_path / "out" / "cells" / f"{RECURRENT}_40_0" / "log.jsonl"
     with subprocess.Popen([*command, "--budgets", "40"], stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         deadline = time.monotonic() + 60

@@ -156,10 +156,10 @@ def _matrix(num_layers: int, budgets: tuple[float, ...], longer: tuple[float, ..
     )
 
 
-def _matrix_plan(name: str, model: ModelConfig, changes: dict[str, Any], *budgets: tuple[float, ...], num_seeds: int) -> Plan:
-    """The matrix on a plain model; changes: of the training's own settings. budgets: see `_matrix`."""
+def _matrix_plan(name: str, model: ModelConfig, changes: dict[str, Any], variants: tuple[Variant, ...]) -> Plan:
+    """The variants on a plain model; changes: of the training's own settings."""
     base = TrainingConfig(model=model, schedule=BASELINE, prompt_cuts=0.0, eval_every=1_000_000, precision="float32", **changes)
-    return Plan(name, base, _matrix(model.num_layers, *budgets, num_seeds=num_seeds))
+    return Plan(name, base, variants)
 
 
 def _million() -> Plan:
@@ -173,13 +173,13 @@ def _million() -> Plan:
         value_embeddings="alternating",
     )
     changes = {"batch_size": 32, "eval_rows": 256, "save_every": 500, "log_every": 50}
-    return _matrix_plan("million", model, changes, (2.5, 5.0, 10.0), (20.0, 30.0), num_seeds=2)
+    return _matrix_plan("million", model, changes, _matrix(model.num_layers, (2.5, 5.0, 10.0), (20.0, 30.0), num_seeds=2))
 
 
 def _tiny() -> Plan:
     model = replace(PRESETS["tiny"].model, sequence_len=32, value_embeddings="alternating", recurrence=None)
     changes = {"tokenizer_bytes": 500_000, "batch_size": 4, "eval_rows": 8, "save_every": 5, "log_every": 1}
-    return _matrix_plan("tiny", model, changes, (0.01, 0.02, 0.04), (0.08, 0.12), num_seeds=1)
+    return _matrix_plan("tiny", model, changes, _matrix(model.num_layers, (0.01, 0.02, 0.04), (0.08, 0.12), num_seeds=1))
 
 
 def _small() -> Plan:
