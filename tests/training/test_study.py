@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import pytest
 from training.schedules.registry import cost
 from training.study import report, table
 from training.study.__main__ import main
+from training.study.cells import Surroundings
 from training.study.plan import BASELINE, PLANS, Cell, StudyError, chosen
-from training.study.runner import RESULTS_FILE, claim, read_results
+from training.study.runner import RESULTS_FILE, Runner, claim, read_results
 
 RECURRENT = "interleaved-layerwise-last"
 SMALL = ["--plan", "tiny", "--variants", BASELINE, RECURRENT, "--threads", "1"]
@@ -166,11 +168,34 @@ def test_ctrl_c_keeps_the_state_of_the_run_in_hand(data: Path, tmp_path: Path) -
     assert f"{RECURRENT}_40_0" in resumable.stdout
 
 
+def test_a_run_that_ends_while_others_stop_keeps_its_result(tmp_path: Path) -> None:
+    """It has trained to its end and is being measured: its folder is gone when its result comes."""
+    plan = chosen(PLANS["tiny"](), [BASELINE], [0.01, 0.02, 0.04])
+    stopped, measuring, waiting = Future[Any](), Future[Any](), Future[Any]()
+    futures = iter((stopped, measuring, waiting))
+    stopped.set_result(None)
+
+    class Pool:
+        def submit(self, *call: object) -> Future[Any]:
+            return next(futures)
+
+        def shutdown(self, *, wait: bool, cancel_futures: bool) -> None:
+            assert wait and cancel_futures
+            measuring.set_result(result(BASELINE, 0.02, 1.5))
+            waiting.cancel()
+
+    runner = Runner(plan, Surroundings(tmp_path, Any, Any, "cpu", 1, False), 2)  # type: ignore[arg-type]
+    runner._train(Pool(), plan.cells())  # type: ignore[arg-type]
+    assert [one["cell"] for one in read_results(tmp_path)] == [f"{BASELINE}_0.02_0"]
+    assert [cell.tokens_per_parameter for cell in runner.missing()] == [0.01, 0.04]
+
+
 def test_errors_are_clear(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more, message in (
         (["--report-only"], "holds no result yet"),
         (["--budgets", "-1"], "budgets must be above 0"),
         (["--device", "cuda"], "no CUDA device can be used here"),
+        (["--device", "abacus"], "no such kind of device"),
     ):
         assert study(data, tmp_path / "none", *more) == 1
         assert message in capsys.readouterr().err

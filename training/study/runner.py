@@ -1,14 +1,14 @@
 """All runs of a study, some at a time, each in a process of its own; what is done stays done.
 
 Layout of a study's folder:
-    study.json       the plan, the data's fingerprint and the device
+    study.json       what all cells share: settings, and the data's fingerprint
     tokenizer/       the tokenizer that all cells share
     shards/          the tokenised data, unless they lie elsewhere
     results.jsonl    a line per finished cell, in the order in which they ended
     timing.json      by device, seconds of each variant's steps, measured alone
     cells/           the state of cells that are under way
     checkpoints/     finished models, where they are to be kept
-    README.md, results.csv, *.png   the report
+    report.md, results.csv, *.png   the report
 
 Neighbours: `worker.py` is the other side of the processes, `cells.py` trains one cell, `report.py` writes the report.
 """
@@ -132,11 +132,14 @@ class Runner:
         waiting = {pool.submit(worker.run, self.plan, cell): cell for cell in cells}
         with tqdm(total=len(waiting), unit="run", disable=None) as bar:
             for future in as_completed(waiting):
-                self._take(future, waiting[future])
+                self._take(future, waiting.pop(future))
                 bar.update()
                 if self._stopped:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    return
+                    break
+        pool.shutdown(wait=True, cancel_futures=True)
+        for future, cell in waiting.items():  # who was measuring when the others stopped has a result all the same
+            if not future.cancelled():
+                self._take(future, cell)
 
     def _take(self, future: Future[dict[str, Any] | None], cell: Cell) -> None:
         try:
