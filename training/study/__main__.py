@@ -12,7 +12,7 @@ import torch
 
 from lrt_core.files import read_json
 from lrt_core.tokenizer import Tokenizer
-from training.command import positive, status_of
+from training.command import device_of, positive, status_of
 from training.config import PYTHON_SOURCES
 from training.data.opening import learn_tokenizer, open_corpus
 from training.state import TOKENIZER_FOLDER
@@ -60,9 +60,7 @@ def _study(args: argparse.Namespace) -> None:
         return _list(plan)
     if args.report_only:
         return _report(folder, plan)
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise StudyError(f"--device {args.device}: no CUDA device can be used here")
+    device_of(args.device)
     tokenizer = _tokenizer(folder, plan)
     corpus = open_corpus(plan.base, folder, tokenizer)
     for remark in corpus.remarks():
@@ -79,7 +77,10 @@ def _study(args: argparse.Namespace) -> None:
         if read_results(folder):
             _report(folder, plan)
     if runner.failures:
-        raise StudyError(f"{len(runner.failures)} run(s) failed, the first: {next(iter(runner.failures.items()))}")
+        first, reason = next(iter(runner.failures.items()))
+        raise StudyError(
+            f"{len(runner.failures)} run(s) failed, the first {first}: {reason}; start the study again to retry them"
+        )
 
 
 def _tokenizer(folder: Path, plan: Plan) -> Tokenizer:

@@ -7,7 +7,7 @@ a budget; *effective* tokens count a token once for every forward that a trainin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -95,10 +95,6 @@ class Plan:
             num_steps=num_steps,
             seed=cell.seed,
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, to tell whether a folder holds this study or another one."""
-        return {"base": self.base.to_dict(), "variants": [asdict(variant) for variant in self.variants]}
 
 
 def chosen(
