@@ -63,7 +63,7 @@ PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8
 test: $(DEVELOPMENT) ## run the tests
 	@$(PYTEST) $(ARGS)
 
-check: $(DEVELOPMENT) ## what CI runs: ruff, mypy --strict, tests
+check: $(DEVELOPMENT) ## ruff, mypy --strict, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
