@@ -82,8 +82,9 @@ def _measure(args: argparse.Namespace, report: Report) -> None:
 
 
 def _plain(args: argparse.Namespace) -> dict[str, object]:
-    """The arguments as JSON can say them."""
-    return {name: value if isinstance(value, int | float | list | None) else str(value) for name, value in vars(args).items()}
+    """The arguments as JSON can say them, but for keys."""
+    told = {name: value for name, value in vars(args).items() if not name.endswith("api_key")}
+    return {name: value if isinstance(value, int | float | list | None) else str(value) for name, value in told.items()}
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ TOGGLES = ("include_usage", "ignore_eos", "prompts_are_ids")
 REFUSALS = (400, 422)
 
 
-def model_name(url: str, timeout: float) -> str:
+def model_name(url: str, timeout: float, key: str = "") -> str:
     """Name of the first model that the server lists. Raises BenchError."""
-    status, body = _fetch(url, "GET", "/v1/models", b"", timeout)
+    status, body = _fetch(Address.parse(url, key), url, "GET", "/v1/models", b"", timeout)
     try:
         data: Any = json.loads(body)
         return str(data["data"][0]["id"])
@@ -39,7 +39,8 @@ def adapt(job: Job) -> tuple[Job, list[str]]:
         for left_out in itertools.combinations(TOGGLES, number):
             candidate = _without(job, left_out)
             small = replace(candidate, prompt_len=4, new_tokens=2)
-            status, body = _fetch(job.url, "POST", PATH, request_body(small, random.Random(job.seed)), job.request_timeout)
+            content = request_body(small, random.Random(job.seed))
+            status, body = _fetch(job.address, job.url, "POST", PATH, content, job.request_timeout)
             if status == 200:
                 return candidate, list(left_out)
             refusal = refusal or error_text(status, body)
@@ -57,8 +58,8 @@ def _without(job: Job, left_out: Sequence[str]) -> Job:
     )
 
 
-def _fetch(url: str, method: str, path: str, body: bytes, timeout: float) -> tuple[int, bytes]:
+def _fetch(address: Address, url: str, method: str, path: str, body: bytes, timeout: float) -> tuple[int, bytes]:
     try:
-        return asyncio.run(fetch(Address.parse(url), method, path, body, timeout))
+        return asyncio.run(fetch(address, method, path, body, timeout))
     except HttpError as error:
         raise BenchError(f"{url}: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from server.bench.http_client import Address
 from server.bench.shapes import D12_NAME, VARIANTS
 
+KEY_VARIABLE = "OPENAI_API_KEY"
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -39,6 +41,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(problem)
     if "variant" in args and args.variant is None:
         args.variant = list(VARIANTS) if args.mode in ("offline", "prefill", "growth") else ["layerwise"]
+    if args.mode == "serve":
+        key = os.environ.get(KEY_VARIABLE, "")
+        args.api_key = key if args.api_key is None else args.api_key
+        args.compare_api_key = key if args.compare_api_key is None else args.compare_api_key
     return args
 
 
@@ -52,6 +58,10 @@ def _problem(args: argparse.Namespace) -> str | None:
         return "--model-name is for --url"
     if args.mode == "serve" and args.compare_model and args.compare is None:
         return "--compare-model is for --compare"
+    if args.mode == "serve" and args.api_key is not None and args.url is None:
+        return "--api-key is for --url"
+    if args.mode == "serve" and args.compare_api_key is not None and args.compare is None:
+        return "--compare-api-key is for --compare"
     return None
 
 
@@ -96,6 +106,8 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     add("--model-name", metavar="NAME", help="what --url calls its model (default: the first that it lists)")
     add("--compare", type=_url, metavar="URL", help="another OpenAI-compatible server, measured in turns")
     add("--compare-model", metavar="NAME", help="what it calls its model (default: the first that it lists)")
+    add("--api-key", type=_key, metavar="KEY", help=f"for --url (default: the variable {KEY_VARIABLE})")
+    add("--compare-api-key", type=_key, metavar="KEY", help=f"for --compare (default: the variable {KEY_VARIABLE})")
     add("--clients", type=_at_least(1), nargs="+", metavar="N", help="closed loop (default 1 4 16 without --rate)")
     add("--rate", type=_positive, nargs="+", metavar="R", help="open loop: random arrivals, requests per second")
     add("--requests", type=_at_least(1), metavar="N", help="per repetition (default: twice the clients; the rate for 10 s)")
@@ -188,6 +200,12 @@ def _url(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text.rstrip("/")
+
+
+def _key(text: str) -> str:
+    if not (text.isascii() and text.isprintable()) or " " in text:
+        raise argparse.ArgumentTypeError("must be printable ASCII without spaces")
+    return text
 
 
 def _model_name(text: str) -> str | Path:

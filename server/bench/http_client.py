@@ -9,7 +9,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import h11
@@ -25,15 +25,16 @@ class HttpError(Exception):
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens; `prefix` is the path before /v1, often empty."""
+    """Where a server listens; `prefix` is the path before /v1, often empty; key: what every request carries, empty for none."""
 
     host: str
     port: int
     prefix: str = ""
     tls: bool = False
+    key: str = field(default="", repr=False)
 
     @classmethod
-    def parse(cls, url: str) -> Address:
+    def parse(cls, url: str, key: str = "") -> Address:
         """From http://host:port, with or without /v1 at its end. Raises ValueError."""
         try:
             parts = urlsplit(url)
@@ -44,7 +45,7 @@ class Address:
             raise ValueError(f"{url!r} is not a URL such as http://127.0.0.1:8000")
         prefix = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
         tls = parts.scheme == "https"
-        return cls(parts.hostname, port or (443 if tls else 80), prefix, tls)
+        return cls(parts.hostname, port or (443 if tls else 80), prefix, tls, key)
 
     @property
     def authority(self) -> str:
@@ -74,6 +75,8 @@ class Connection:
             headers = [("host", self._address.authority), ("accept", "*/*"), ("content-length", str(len(body)))]
             if body:
                 headers.append(("content-type", "application/json"))
+            if self._address.key:
+                headers.append(("authorization", f"Bearer {self._address.key}"))
             parts: list[h11.Event] = [h11.Request(method=method, target=self._address.prefix + path, headers=headers)]
             parts += [h11.Data(data=body)] if body else []
             self._writer.write(b"".join(self._http.send(part) or b"" for part in [*parts, h11.EndOfMessage()]))

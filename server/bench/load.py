@@ -29,7 +29,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 @dataclass(frozen=True)
 class Job:
     """What to send. clients: of a closed loop, or None; rate: requests per second of an open one, or None. prompt_len in
-    tokens (in words for text prompts); ids are drawn below vocab_size. request_timeout and time_limit in seconds."""
+    tokens (in words for text prompts); ids are drawn below vocab_size. api_key: what every request carries, empty
+    for none. request_timeout and time_limit in seconds."""
 
     url: str
     model: str
@@ -44,8 +45,14 @@ class Job:
     prompts_are_ids: bool = True
     ignore_eos: bool = True
     include_usage: bool = True
+    api_key: str = field(default="", repr=False)
     request_timeout: float = 300.0
     time_limit: float = 300.0
+
+    @property
+    def address(self) -> Address:
+        """The server, and the key that it wants."""
+        return Address.parse(self.url, self.api_key)
 
 
 @dataclass
@@ -82,7 +89,7 @@ class LoadRun:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._address = Address.parse(job.url)
+        self._address = job.address
         self._exchanges = [Exchange(body) for body in request_bodies(job)]
         self._idle: list[tuple[float, Connection]] = []
         self._tasks: list[asyncio.Task[None]] = []

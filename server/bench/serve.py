@@ -87,7 +87,9 @@ def run(args: Namespace, report: Report, limits: Limits) -> None:
         ours, worker = own
         targets = [_adapted(ours, args, report)]
         if args.compare is not None:
-            other = replace(targets[0].job, url=args.compare, model=args.compare_model or _listed(args, args.compare))
+            key = args.compare_api_key
+            model = args.compare_model or _listed(args, args.compare, key)
+            other = replace(targets[0].job, url=args.compare, model=model, api_key=key)
             targets.append(_adapted(Target("other", other), args, report))
             targets = _alike(targets)
         for point in points(args):
@@ -125,11 +127,12 @@ def _own(args: Namespace, report: Report) -> Iterator[tuple[Target, Worker]]:
 
 
 def _given(args: Namespace) -> Target:
-    return Target("ours" if args.compare else "server", _job(args, args.url, args.model_name or _listed(args, args.url)))
+    job = _job(args, args.url, args.model_name or _listed(args, args.url, args.api_key))
+    return Target("ours" if args.compare else "server", replace(job, api_key=args.api_key))
 
 
-def _listed(args: Namespace, url: str) -> str:
-    return api_probe.model_name(url, args.timeout)
+def _listed(args: Namespace, url: str, key: str) -> str:
+    return api_probe.model_name(url, args.timeout, key)
 
 
 def _job(args: Namespace, url: str, model: str, vocab_size: int = COMMON_IDS) -> Job:

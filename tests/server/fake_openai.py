@@ -16,7 +16,8 @@ from typing import Any
 @dataclass
 class Behaviour:
     """refused: fields that are answered with a 400; status: of every completion but the first `good` ones; delay: seconds
-    before each token; breaks: the connection ends in the middle of every stream; bodies: what was asked for."""
+    before each token; breaks: the connection ends in the middle of every stream; bodies: what was asked for; key: what
+    every request must carry, empty for none."""
 
     refused: frozenset[str] = frozenset()
     refuses_ids: bool = False
@@ -27,6 +28,7 @@ class Behaviour:
     garbage: bool = False
     models: tuple[str, ...] = ("fake",)
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    key: str = ""
 
 
 class _Server(ThreadingHTTPServer):
@@ -44,11 +46,22 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        self._answer(200, {"data": [{"id": name} for name in self.server.behaviour.models]})
+        if self._has_key():
+            self._answer(200, {"data": [{"id": name} for name in self.server.behaviour.models]})
+
+    def _has_key(self) -> bool:
+        """Whether the request carries the key; it is answered where it does not."""
+        key = self.server.behaviour.key
+        known = not key or self.headers["authorization"] == f"Bearer {key}"
+        if not known:
+            self._answer(401, {"error": {"message": "who are you?"}})
+        return known
 
     def do_POST(self) -> None:
         behaviour = self.server.behaviour
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if not self._has_key():
+            return
         behaviour.bodies.append(body)
         refused = next((name for name in body if name in behaviour.refused), None)
         if refused is not None or (behaviour.refuses_ids and not isinstance(body["prompt"], str)):

@@ -111,6 +111,33 @@ def test_two_given_servers_get_the_same_kind_of_prompt(tmp_path: Path) -> None:
     assert data["figures"][1]["model"] == "x"
 
 
+def test_servers_that_want_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with fake_openai(Behaviour(key="one")) as url, fake_openai(Behaviour(key="key-2")) as other:
+        both = ("--url", url, "--compare", other, "--clients", "1")
+        run(tmp_path, *both, "--api-key", "one", status=1)
+        assert f"{other} lists no models (HTTP 401: who are you?)" in capsys.readouterr().err
+        data = run(tmp_path, *both, "--api-key", "one", "--compare-api-key", "key-2")
+        assert [figure["errors"] for figure in data["figures"][:2]] == [{}, {}]
+        assert "key-2" not in json.dumps(data) + capsys.readouterr().out
+        monkeypatch.setenv("OPENAI_API_KEY", "one")
+        assert run(tmp_path, "--url", url, "--clients", "1")["figures"][0]["errors"] == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--api-key", "x"), "--api-key is for --url"),
+        (("--url", "http://h", "--compare-api-key", "x"), "--compare-api-key is for --compare"),
+        (("--url", "http://h", "--api-key", "a b"), "must be printable ASCII without spaces"),
+    ],
+)
+def test_keys_for_nobody(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", *arguments])
+    assert message in capsys.readouterr().err
+
+
 def test_failures_stand_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with fake_openai(Behaviour(status=503, good=9)) as url:
         data = run(tmp_path, "--url", url, "--clients", "4", "--requests", "4", status=1)
