@@ -158,18 +158,31 @@ def _matrix_plan(name: str, model: ModelConfig, changes: dict[str, Any], variant
     return Plan(name, base, variants)
 
 
+def _laptop() -> Plan:
+    model = _square(vocab_size=512, num_layers=4, num_heads=2)
+    return _matrix_plan("laptop", model, {**_SETTINGS, "batch_size": 16}, _matrix(model.num_layers, *_BUDGETS, num_seeds=2))
+
+
 def _million() -> Plan:
-    model = ModelConfig(
-        vocab_size=1024,
+    model = _square(vocab_size=1024, num_layers=6, num_heads=3)
+    return _matrix_plan("million", model, {**_SETTINGS, "batch_size": 32}, _matrix(model.num_layers, *_BUDGETS, num_seeds=2))
+
+
+_SETTINGS = {"eval_rows": 256, "save_every": 500, "log_every": 50}
+_BUDGETS = (2.5, 5.0, 10.0), (20.0, 30.0)
+
+
+def _square(vocab_size: int, num_layers: int, num_heads: int) -> ModelConfig:
+    """A plain model of heads of 32 channels that reads 256 tokens."""
+    return ModelConfig(
+        vocab_size=vocab_size,
         sequence_len=256,
-        num_layers=6,
-        num_heads=3,
-        num_kv_heads=3,
-        hidden_size=96,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        hidden_size=32 * num_heads,
         value_embeddings="alternating",
     )
-    changes = {"batch_size": 32, "eval_rows": 256, "save_every": 500, "log_every": 50}
-    return _matrix_plan("million", model, changes, _matrix(model.num_layers, (2.5, 5.0, 10.0), (20.0, 30.0), num_seeds=2))
 
 
 def _tiny() -> Plan:
@@ -207,6 +220,6 @@ def _small() -> Plan:
     )
 
 
-PLANS = {"million": _million, "small": _small, "tiny": _tiny}
-"""`million`: about a million parameters, hours on a CPU. `small`: the bundled checkpoint's shape, a few variants; for a GPU.
-`tiny`: minutes at most, shows that it works."""
+PLANS = {"laptop": _laptop, "million": _million, "small": _small, "tiny": _tiny}
+"""`laptop`: a third of a million parameters, some hours on two cores. `million`: about a million parameters, two days there.
+`small`: the bundled checkpoint's shape, a few variants; for a GPU. `tiny`: minutes at most, shows that it works."""
