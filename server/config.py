@@ -34,7 +34,7 @@ class ServerConfig:
     api_key: tuple[str, ...] = field(default=(), repr=False)
     api_key_file: Path | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    quantize: Literal["none", "int8"] = "none"
+    quantize: Literal["none", "int8", "int8-memory"] = "none"
     device: str = "cpu"
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -193,7 +193,9 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--dtype", choices=("auto", "float32", "bfloat16"), help="of weights and cache; auto: bfloat16 where it pays")
     add(
-        "--quantize", choices=("none", "int8"), help="weights in 8 bits, a scale per output; native kernels only (default none)"
+        "--quantize",
+        choices=("none", "int8", "int8-memory"),
+        help="weights in 8 bits: all, or the memory projections alone; native kernels only (default none)",
     )
     add("--device", type=_device, help="cpu, cuda or cuda:N (default cpu)")
     add("--max-model-len", type=_count, metavar="N", help="longest prompt and output together (default: the trained context)")

@@ -344,9 +344,10 @@ INLINE void run_layers(const Model& m, const Pool& pool, const Step& step, int64
     const int64_t num_chunks = count_chunks(m, step);
     if (team.thread == 0) cut_chunks(m, step, w.chunks);
     if (step.memory != nullptr) {
+        const Matrix& projection = m.shares_memory ? m.memory : m.layers[0].memory;
         each_row(step.num_rows, team, [&](int64_t row) __attribute__((always_inline)) {
             set_row(w.memory, row, step.memory + row * size, 1.0f, size);
-            if (m.layers[0].input.kind == kInt8) w.memory.quantize(row);
+            if (projection.kind == kInt8) w.memory.quantize(row);
         });
         if (m.shares_memory) {
             team.barrier();

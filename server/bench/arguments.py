@@ -73,8 +73,10 @@ def _common(parser: argparse.ArgumentParser, repetitions: int = 3) -> None:
 
 
 def _model(parser: argparse.ArgumentParser, several: bool = True, both: bool = False) -> None:
-    forms, about = (["both"], "; both: without and with, in turns") if both else ([], "")
-    parser.add_argument("--quantize", choices=["none", "int8", *forms], default="none", help=f"weights in 8 bits{about}")
+    forms, about = (["both", "all"], "; both: none and int8, in turns; all: every form") if both else ([], "")
+    parser.add_argument(
+        "--quantize", choices=["none", "int8", "int8-memory", *forms], default="none", help=f"weights in 8 bits{about}"
+    )
     parser.add_argument("--model", type=_model_name, help="d12 or a checkpoint (default: the bundled one)")
     nargs, default = ("+", "all") if several else (1, "layerwise")
     parser.add_argument("--variant", choices=VARIANTS, nargs=nargs, help=f"of d12's recurrence (default: {default})")

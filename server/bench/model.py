@@ -16,7 +16,7 @@ import torch
 from lrt_core.checkpoint import BUNDLED, load_config, load_model
 from lrt_core.config import ModelConfig, RecurrenceConfig
 from lrt_core.model import LatentRecurrentTransformer
-from lrt_core.native_model import NativeModel
+from lrt_core.native_model import NativeModel, Quantization
 from lrt_core.refine import refine
 from server.bench import shapes
 from server.bench.cost import Cost, cost_of
@@ -25,6 +25,15 @@ from server.engine.model_runner import ServingModel
 
 CONTRACTION = 3.3
 """How much a refinement pass shrinks the error in trained models; the bench model is scaled to it."""
+
+FORMS: dict[str, tuple[Quantization, ...]] = {
+    "none": ("none",),
+    "int8": ("int8",),
+    "int8-memory": ("int8-memory",),
+    "both": ("none", "int8"),
+    "all": ("none", "int8-memory", "int8"),
+}
+"""What `--quantize` measures, in turns; a model without memory projections in full where `int8-memory` is asked for."""
 
 MAX_LEN = 16384
 """Longest sequence that is measured, in tokens."""
@@ -40,7 +49,7 @@ class Subject:
     plain: LatentRecurrentTransformer
     cost: Cost
     contraction: float | None = None
-    quantize: str = "none"
+    quantize: Quantization = "none"
 
     @property
     def is_recurrent(self) -> bool:
@@ -62,12 +71,15 @@ def subjects(args: Namespace, shape: ModelConfig | None = None) -> Iterator[Subj
 
 
 def _forms(label: str, model: LatentRecurrentTransformer, contraction: float | None, quantize: str) -> Iterator[Subject]:
-    for form in ("none", "int8") if quantize == "both" else (quantize,):
+    forms = FORMS[quantize]
+    if not model.config.kv_projection:
+        forms = tuple(dict.fromkeys("none" if form == "int8-memory" else form for form in forms))
+    for form in forms:
         yield _subject(label, model, contraction, form)
 
 
-def _subject(label: str, model: LatentRecurrentTransformer, contraction: float | None, quantize: str) -> Subject:
-    cost, served = cost_of(model), serving_model(model, MAX_LEN, quantize == "int8")
+def _subject(label: str, model: LatentRecurrentTransformer, contraction: float | None, quantize: Quantization) -> Subject:
+    cost, served = cost_of(model), serving_model(model, MAX_LEN, quantize)
     if isinstance(served, NativeModel) and quantize != "none":
         cost = replace(cost, weight_bytes=served.step_bytes)
     label += "" if quantize == "none" else f" {quantize}"

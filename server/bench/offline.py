@@ -55,8 +55,9 @@ def recurrence_costs(models: Sequence[Subject], samples: Sequence[Sequence[float
     plain = {model.quantize: own for model, own in zip(models, samples, strict=True) if not model.is_recurrent}
     figures = []
     for model, own in zip(models, samples, strict=True):
-        if model.is_recurrent and model.quantize in plain:
-            costs = [100 * (ratio - 1) for ratio in ratios(plain[model.quantize], own)]
+        form = "none" if model.quantize == "int8-memory" else model.quantize  # what the rest of the model is in
+        if model.is_recurrent and form in plain:
+            costs = [100 * (ratio - 1) for ratio in ratios(plain[form], own)]
             name = f"{model.label}: recurrence costs, {clients} client(s)"
             figures.append(Figure(name, "%", costs, {"clients": clients}, "of a token's time without it"))
     return figures

@@ -18,7 +18,7 @@ from lrt_core.fused import fuse
 from lrt_core.hardware import available_memory, has_fast_bf16
 from lrt_core.kernels import is_native
 from lrt_core.model import LatentRecurrentTransformer
-from lrt_core.native_model import NativeModel, can_run
+from lrt_core.native_model import NativeModel, Quantization, can_run
 from lrt_core.packed import pack
 from lrt_core.paged import PagedPool
 from lrt_core.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ class LoadError(ValueError):
 class LoadOptions:
     """What to load and how. None lets model and machine decide: max_model_len is the trained context, kv_cache_memory (bytes)
     what max_num_seqs sequences of full length need within a share of the free memory, the tolerance follows the type. dtype
-    auto is bfloat16 where it pays and the model is not small. quantize: int8 weights for the products. deterministic: logprobs
+    auto is bfloat16 where it pays and the model is not small. quantize: which weights are int8. deterministic: logprobs
     bit-equal alone and in any batch, whatever was cached, forked or preempted; prompts are then read sequentially."""
 
     checkpoint: Path
@@ -65,7 +65,7 @@ class LoadOptions:
     prefill_tolerance: float | None = None
     prefix_caching: bool = True
     check_invariants: bool = False
-    quantize: Literal["none", "int8"] = "none"
+    quantize: Quantization = "none"
     deterministic: bool = False
 
 
@@ -82,7 +82,7 @@ def load_engine(options: LoadOptions, observer: EngineObserver | None = None) ->
     weights_id = fingerprint(model) + ("" if options.quantize == "none" else f"-{options.quantize}")
     config = resolve(options, model.config, dtype)
     _check_native(options, model)
-    runner = _make_runner(serving_model(model, config.max_model_len, options.quantize == "int8"), config)
+    runner = _make_runner(serving_model(model, config.max_model_len, options.quantize), config)
     engine = Engine(runner, generation.eos_token_ids, options.check_invariants, weights_id=weights_id)
     return AsyncEngine(engine, tokenizer, observer)
 
@@ -102,20 +102,23 @@ def load_chat_template(tokenizer: Tokenizer, file: Path | None) -> ChatTemplate 
 
 
 def serving_model(
-    model: LatentRecurrentTransformer, max_len: int, quantize: bool = False
+    model: LatentRecurrentTransformer, max_len: int, quantize: Quantization = "none"
 ) -> LatentRecurrentTransformer | NativeModel:
     """The model as it is served, for sequences of up to max_len tokens: native where that exists, else fused and packed.
 
-    quantize: int8 weights, native code's alone.
+    quantize: which weights are int8; native code's alone.
     """
     return NativeModel(model, max_len, quantize) if can_run(model) else pack(fuse(model))
 
 
 def _check_native(options: LoadOptions, model: LatentRecurrentTransformer) -> None:
     """Raise LoadError for what only native code can do, where there is none."""
-    for flag, wanted in (("--quantize int8", options.quantize == "int8"), ("--deterministic", options.deterministic)):
+    needs = ((f"--quantize {options.quantize}", options.quantize != "none"), ("--deterministic", options.deterministic))
+    for flag, wanted in needs:
         if wanted and not can_run(model):
             raise LoadError(f"{flag} needs the native kernels: --device cpu, and an install that found a C++ compiler")
+    if options.quantize == "int8-memory" and not model.config.kv_projection:
+        raise LoadError("--quantize int8-memory: this checkpoint has no memory projections")
 
 
 def _check_device(device: torch.device) -> None:

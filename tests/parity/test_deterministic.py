@@ -15,20 +15,23 @@ from lrt_core import kernels
 from lrt_core.generate import read
 from lrt_core.kernels.plan import quantize_rows
 from lrt_core.model import LatentRecurrentTransformer
+from lrt_core.native_model import Quantization
 from server.engine.engine import Engine
 from server.engine.loader import LoadError, LoadOptions, load_engine, serving_model
 from server.engine.model_runner import ModelRunner
 from server.engine.request import GenerationRequest
 from tests.engines import Outcome, engine_config, oracle, request, run
-from tests.helpers import VARIANTS, contracting_model, random_ids
+from tests.helpers import VARIANTS, contracting_model, random_ids, tiny_config
 
 needs_native = pytest.mark.skipif(not kernels.is_native(), reason="the package's build found no C++ compiler")
-KINDS = ["float32", "bfloat16", "int8"]
+KINDS = ["float32", "bfloat16", "int8", "int8-memory"]
+FORMS: list[Quantization] = ["int8", "int8-memory"]
 
 
 def make(model: LatentRecurrentTransformer, kind: str, **overrides: Any) -> Engine:
     config = engine_config(**{"prefill": "sequential", **overrides})
-    served = serving_model(model, config.max_model_len, quantize=kind == "int8")
+    form = next((form for form in FORMS if form == kind), "none")
+    served = serving_model(model, config.max_model_len, form)
     return Engine(ModelRunner(served, config), (), check_invariants=True, seed=0)
 
 
@@ -85,11 +88,11 @@ def test_the_loader_reads_sequentially_and_refuses_what_torch_cannot_promise(che
         load_engine(options)
 
 
-def rounded(model: LatentRecurrentTransformer) -> LatentRecurrentTransformer:
-    """The model with every product's weights rounded to 8 bits with a scale per output, in float32."""
+def rounded(model: LatentRecurrentTransformer, form: Quantization) -> LatentRecurrentTransformer:
+    """The model with the weights of all products or of memory projections in 8 bits, a scale per output, as float32."""
     twin = copy.deepcopy(model)
     for name, weight in twin.named_parameters():
-        if weight.ndim == 2 and "embedding" not in name:
+        if weight.ndim == 2 and "embedding" not in name and (form == "int8" or "memory_projection" in name):
             numbers, scales = quantize_rows(weight.detach())
             weight.data = numbers.float() * scales.unsqueeze(1)
     return twin
@@ -105,22 +108,33 @@ def int8_sets() -> dict[str, float]:
 
 @needs_native
 @pytest.mark.parametrize("prefill", ["window", "sequential"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_int8_is_the_oracle_on_rounded_weights(variant: str, prefill: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "form"),
+    [
+        (variant, form)
+        for variant in VARIANTS
+        for form in FORMS
+        if form == "int8" or tiny_config(**VARIANTS[variant]).kv_projection
+    ],
+)
+def test_int8_is_the_oracle_on_rounded_weights(variant: str, form: Quantization, prefill: str) -> None:
     model = contracting_model(variant)
     item = request(random_ids(30), 12, prompt_logprobs=0, logprobs=0)
     for name, tolerance in int8_sets().items():
         with kernels.using_instruction_set(name):
-            [[outcome]] = run(make(model, "int8", prefill=prefill), [item]).outcomes
-        compare_with_rounded(model, item, outcome, tolerance)
+            [[outcome]] = run(make(model, form, prefill=prefill), [item]).outcomes
+        compare_with_rounded(model, rounded(model, form), item, outcome, tolerance)
 
 
 def compare_with_rounded(
-    model: LatentRecurrentTransformer, item: GenerationRequest, outcome: Outcome, tolerance: float
+    model: LatentRecurrentTransformer,
+    twin: LatentRecurrentTransformer,
+    item: GenerationRequest,
+    outcome: Outcome,
+    tolerance: float,
 ) -> None:
-    """Ids and logprobs of an int8 engine against the oracle on the rounded and on the full weights."""
+    """Ids and logprobs of an int8 engine against the oracle on the rounded weights (twin) and on the full ones."""
     ids = [*item.prompt_ids, *outcome.token_ids]
-    twin = rounded(model)
     assert outcome.token_ids == oracle(twin, item)
     exact = torch.log_softmax(read(twin, ids).logits, -1)
     expected = [float(exact[position, token]) for position, token in enumerate(ids[1:])]

@@ -100,6 +100,20 @@ def test_offline_compares_both_forms_of_the_weights(tmp_path: Path) -> None:
     assert quantized["weight_bytes_per_step"] < full["weight_bytes_per_step"] and plain["unit"] == "tok/s"
 
 
+@pytest.mark.skipif(not kernels.is_native(), reason="the package's build found no C++ compiler")
+def test_offline_compares_memory_projections_in_8_bits_with_a_full_plain_model(tmp_path: Path) -> None:
+    shape = ["--variant", "layerwise", "plain", "--clients", "2", "--new-tokens", "3", "--prompt-len", "4"]
+    data = run(tmp_path, "offline", "--model", "d12", "--quantize", "int8-memory", *shape)
+    assert names(data) == [
+        "d12 layerwise int8-memory: decode, 2 client(s)",
+        "d12 plain: decode, 2 client(s)",
+        "d12 layerwise int8-memory: recurrence costs, 2 client(s)",
+    ]
+    every = run(tmp_path, "offline", "--model", "d12", "--quantize", "all", *shape)
+    costs = [name.partition(":")[0] for name in names(every) if "recurrence costs" in name]
+    assert costs == ["d12 layerwise", "d12 layerwise int8-memory", "d12 layerwise int8"]
+
+
 def test_prefill_reads_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = run(tmp_path, "prefill", "--model", "d12", "--variant", "layerwise", "plain", "--prompt-len", "40")
     assert names(data) == [

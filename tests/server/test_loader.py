@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from lrt_core.checkpoint import CheckpointError, load_model, save_checkpoint
 from lrt_core.kernels import is_native, native
+from lrt_core.native_model import NativeModel, Quantization
 from lrt_core.official_tokenizer import CHAT_TEMPLATE
 from lrt_core.paged import PagedPool
 from server.engine import loader
@@ -44,6 +45,23 @@ def test_an_engine_from_a_checkpoint_says_what_the_oracle_says(checkpoint: Path)
 
     item = request([1, 2, 3], 10)
     assert asyncio.run(serve()) == oracle(load_model(checkpoint), item, tiny_tokenizer().eos_ids)
+
+
+@pytest.mark.skipif(not is_native(), reason="the package's build found no C++ compiler")
+def test_forms_of_weights(checkpoint: Path, tmp_path: Path) -> None:
+    engines = {
+        form: load_engine(LoadOptions(checkpoint, dtype="float32", quantize=form)).engine for form in get_args(Quantization)
+    }
+    assert len({engine.weights_id for engine in engines.values()}) == 3, "their cached states are not each other's"
+    models = {form: engine.runner.model for form, engine in engines.items()}
+    sizes = {form: model.step_bytes for form, model in models.items() if isinstance(model, NativeModel)}
+    assert sizes["none"] > sizes["int8-memory"] > sizes["int8"]
+    with native(False), pytest.raises(LoadError, match="--quantize int8-memory needs the native kernels"):
+        load_engine(LoadOptions(checkpoint, quantize="int8-memory"))
+    plain = tmp_path / "plain"
+    save_checkpoint(plain, tiny_model(tiny_config(recurrence=None)), tiny_tokenizer())
+    with pytest.raises(LoadError, match="--quantize int8-memory: this checkpoint has no memory projections"):
+        load_engine(LoadOptions(plain, quantize="int8-memory"))
 
 
 def test_ends_are_the_generation_configs(checkpoint: Path) -> None:
