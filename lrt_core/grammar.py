@@ -9,6 +9,7 @@ states.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -112,6 +113,8 @@ class GrammarCompiler:
         matcher = self._llguidance.LLMatcher
         if source.kind == "json":
             # Overrides win over what the schema says about its own compilation: nothing in it is left out in silence.
+            with contextlib.suppress(json.JSONDecodeError, RecursionError):  # the library says what is wrong
+                _check_counts(json.loads(source.text))
             options: Any = {"whitespace_pattern": JSON_WHITESPACE, "lenient": False, "coerce_one_of": False}
             return matcher.grammar_from_json_schema(source.text, overrides=options)
         if source.kind == "regex":
@@ -125,6 +128,30 @@ class GrammarCompiler:
         if "::=" not in bare and re.search(r"\[[^\]]*\btemperature\s*=", bare):  # which the library would pass over
             raise ValueError("must not set a rule's temperature: a sample has one temperature")
         return self._llguidance.grammar_from("grammar", source.text)
+
+
+_VALUES = ("const", "enum", "default", "examples")
+"""Keywords of JSON Schema that hold values, not schemas."""
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""Those that hold schemas by names of the schema's own."""
+
+
+def _check_counts(schema: object) -> None:
+    """ValueError for a `minProperties` that the library would let an object reach by saying a key twice."""
+    if isinstance(schema, list):
+        for item in schema:
+            _check_counts(item)
+    elif isinstance(schema, dict):
+        fewest, declared, required = schema.get("minProperties"), schema.get("properties"), schema.get("required")
+        if isinstance(fewest, (int, float)) and fewest > 1:
+            names = set(declared) if isinstance(declared, dict) else set()
+            if len(names.intersection(map(str, required if isinstance(required, list) else ()))) < fewest:
+                raise ValueError("minProperties above 1 is supported only where so many declared properties are required")
+        for name, value in schema.items():
+            if name in _BY_NAME and isinstance(value, dict):
+                _check_counts(list(value.values()))
+            elif name not in _VALUES:
+                _check_counts(value)
 
 
 class _Vocabulary:

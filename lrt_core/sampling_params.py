@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -63,6 +63,21 @@ class SamplingParams:
     def longest_bad_word(self) -> int:
         """Ids of the longest of bad_words, 0 without any."""
         return max(map(len, self.bad_words), default=0)
+
+    @cached_property
+    def id_ranges(self) -> dict[str, tuple[int, int]]:
+        """The smallest and the largest token id that each field names, of those that name any."""
+        ids: dict[str, Collection[int]] = {
+            "logit_bias": self.logit_bias,
+            "allowed_token_ids": self.allowed_token_ids or (),
+            "bad_words": [id for word in self.bad_words for id in word],
+        }
+        return {name: (min(own), max(own)) for name, own in ids.items() if own}
+
+    @cached_property
+    def ends_of_bad_words(self) -> frozenset[int]:
+        """Ids that bad_words may come to forbid."""
+        return frozenset(word[-1] for word in self.bad_words)
 
     @cached_property
     def allowed_array(self) -> array[int]:

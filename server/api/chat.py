@@ -6,7 +6,6 @@ writes the choices. `tokenization.py` renders here too.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from fastapi import FastAPI, Request, Response
@@ -17,8 +16,12 @@ from server.api.chat_choices import ChatWriter
 from server.api.chat_schemas import ChatRequest, Message, RenderingFields, for_template
 from server.api.completions import Generation, answer, read_fields, response_id
 from server.api.errors import bad_request
-from server.api.prompts import THREAD_CHARACTERS, Prompt, PromptReader
+from server.api.prompts import Prompt, PromptReader
 from server.api.service import Service
+from server.api.threads import MANY_CHARACTERS, run_beside
+
+MANY_MESSAGES = 100
+"""More than that are worth a thread."""
 
 
 class ChatCompletion(Generation[ChatRequest]):
@@ -64,9 +67,8 @@ async def render(service: Service, messages: Sequence[Message], fields: Renderin
         except (ChatError, TokenizerError) as error:
             raise bad_request(f"'messages' cannot be rendered: {error}", param="messages") from None
 
-    if sum(len(message.content) for message in messages) > THREAD_CHARACTERS:
-        return await asyncio.to_thread(work)
-    return work()
+    is_long = len(messages) > MANY_MESSAGES or sum(len(message.content) for message in messages) > MANY_CHARACTERS
+    return await run_beside(is_long, work)
 
 
 def add_chat(app: FastAPI, service: Service) -> None:

@@ -23,9 +23,13 @@ LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
 
 
-def _continues(token: bytes) -> bool:
-    """Whether UTF-8 bytes start inside a character."""
-    return token[:1] == b"" or 0x80 <= token[0] < 0xC0
+def _continues(pending: bytes, token: bytes) -> bool:
+    """Whether a token's bytes go on with a character of which `pending` is the valid beginning."""
+    try:
+        codecs.getincrementaldecoder("utf-8")("strict").decode(pending + token[:1])
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class _Offsets:
@@ -37,7 +41,8 @@ class _Offsets:
 
     def next(self, token: bytes) -> int:
         """Offset of the next token, whose text is `token` (empty for one without text)."""
-        if not _continues(token):  # what was left incomplete became a replacement character of its own
+        pending = self._decoder.getstate()[0]
+        if pending and not _continues(pending, token):  # what was left incomplete became a replacement character of its own
             self._position += len(self._decoder.decode(b"", final=True))
         position = self._position
         self._position += len(self._decoder.decode(token))

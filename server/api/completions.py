@@ -20,10 +20,11 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from fastapi import FastAPI, Request, Response
 
 from lrt_core.grammar import Grammar
+from lrt_core.sampling_params import SamplingParams
 from server.api.body import read_object
 from server.api.choices import ChoiceWriter, Chunk
-from server.api.errors import bad_request, from_exception, json_response
-from server.api.events import DONE, KEEP_ALIVE, ChunkWriter, event
+from server.api.errors import bad_request, from_exception
+from server.api.events import DONE, KEEP_ALIVE, ChunkWriter, event, whole
 from server.api.prompts import Prompt, PromptOptions, PromptReader
 from server.api.schemas import CompletionRequest, GenerationFields, RequestFields, parse_fields
 from server.api.service import Service
@@ -36,6 +37,7 @@ from server.api.streaming import (
     until_disconnect,
 )
 from server.api.structured import compile_grammar
+from server.api.threads import MANY_CHARACTERS, MANY_ITEMS, run_beside
 from server.api.values import is_request_id
 from server.engine.async_engine import RequestStream
 from server.engine.request import Delta, GenerationRequest
@@ -90,9 +92,11 @@ class Generation(ABC, Generic[FieldsT]):
         self._num_generated = self._num_failed = 0
         self._num_cached = [0] * len(prompts)
 
-    def requests(self) -> list[GenerationRequest]:
+    async def requests(self) -> list[GenerationRequest]:
         """What the engine is asked for: one request per prompt. Raises ApiError."""
-        return [self._request(index, prompt) for index, prompt in enumerate(self.prompts)]
+        is_long = sum(map(len, self.fields.bad_words)) > MANY_CHARACTERS
+        sampling = await run_beside(is_long, lambda: self.fields.sampling_params(self._engine.tokenizer))
+        return [self._request(index, prompt, sampling) for index, prompt in enumerate(self.prompts)]
 
     def chunks(self, index: int, delta: Delta) -> Iterator[Chunk]:
         """The chunks that `delta` of the prompt at `index` makes; counts its tokens before the first that carries some. Raises
@@ -158,11 +162,11 @@ class Generation(ABC, Generic[FieldsT]):
         """The same of the prompt's tokens."""
         return self.fields.prompt_logprobs
 
-    def _request(self, index: int, prompt: Prompt) -> GenerationRequest:
+    def _request(self, index: int, prompt: Prompt, sampling: SamplingParams) -> GenerationRequest:
         return self.fields.generation_request(
             f"{self.id}-{index}",
             prompt.ids,
-            self._engine.tokenizer,
+            sampling,
             self._engine.config.max_model_len,
             num_samples=self._num_samples,
             logprobs=self._num_logprobs,
@@ -249,15 +253,16 @@ async def answer(service: Service, request: Request, generation: Generation[Any]
     fields = generation.fields
     check_latents(service, fields)
     generation.grammar = await compile_grammar(service.engine, fields.response_format, fields.structured_outputs)
-    requests = generation.requests()
+    requests = await generation.requests()
     check_latent_bytes(service, requests)
-    check_logprobs(requests, "logprobs" if fields.prompt_logprobs is None else "prompt_logprobs")
+    num_logprobs = check_logprobs(requests, "logprobs" if fields.prompt_logprobs is None else "prompt_logprobs")
     streams = service.engine.admit_all(requests)
     logger.debug("%s: %d prompts, user %r", generation.id, len(requests), fields.user)
     if fields.stream:
         return EventStreamResponse(_events(generation, streams), streams, headers)
     async with aborting(streams):
-        return json_response(await until_disconnect(request.receive, _collect(generation, streams)), headers=headers)
+        body = await until_disconnect(request.receive, _collect(generation, streams, num_logprobs > MANY_ITEMS))
+    return Response(body, headers=dict(headers), media_type="application/json")
 
 
 def response_id(prefix: str, fields: GenerationFields, headers: Mapping[str, str]) -> str:
@@ -287,8 +292,8 @@ def check_latent_bytes(service: Service, requests: Sequence[GenerationRequest]) 
         raise bad_request(message, param="latents")
 
 
-def check_logprobs(requests: Sequence[GenerationRequest], param: str) -> None:
-    """Raise ApiError (400), which names `param`, where more logprobs may come than one response should carry."""
+def check_logprobs(requests: Sequence[GenerationRequest], param: str) -> int:
+    """How many logprobs may come. Raise ApiError (400), which names `param`, for more than one response should carry."""
     num_entries = sum(
         item.n
         * (_num_entries(item.logprobs, item.stopping.max_tokens) + _num_entries(item.prompt_logprobs, len(item.prompt_ids)))
@@ -297,6 +302,7 @@ def check_logprobs(requests: Sequence[GenerationRequest], param: str) -> None:
     if num_entries > MAX_LOGPROB_ENTRIES:
         message = f"'{param}' may come to {num_entries} entries, more than {MAX_LOGPROB_ENTRIES}; ask for fewer or in parts"
         raise bad_request(message, param=param)
+    return num_entries
 
 
 def _num_entries(num_alternatives: int | None, num_tokens: int) -> int:
@@ -310,13 +316,18 @@ def _warning(dropped: Sequence[str]) -> dict[str, str]:
     return {"warning": f'299 lrt-server "ignored unknown fields: {names[:500]}"'}
 
 
-async def _collect(generation: Generation[Any], streams: Sequence[RequestStream]) -> dict[str, Any]:
-    """The whole response. Raises ApiError."""
+async def _collect(generation: Generation[Any], streams: Sequence[RequestStream], is_long: bool) -> bytes:
+    """The whole response's JSON. Raises ApiError."""
+
+    def write() -> bytes:
+        choices = generation.choices(deltas)
+        return whole(generation.head, choices, {"usage": generation.usage()})
+
     try:
-        choices = generation.choices(await gather(streams))
+        deltas = await gather(streams)
+        return await run_beside(is_long, write)
     except Exception as error:
         raise from_exception(error) from error
-    return generation.body(choices, usage=generation.usage())
 
 
 async def _events(generation: Generation[Any], streams: Sequence[RequestStream]) -> AsyncGenerator[bytes, None]:

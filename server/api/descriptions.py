@@ -25,7 +25,7 @@ DESCRIPTIONS = {
     "repetition_penalty": "Makes tokens in prompt and output less likely if above 1.",
     "logit_bias": "Added to the logits of token ids.",
     "allowed_token_ids": "The only token ids that may be generated.",
-    "bad_words": "Texts that may not be generated.",
+    "bad_words": "Texts whose tokens, as the tokenizer cuts the text alone or behind a space, may not follow one another.",
     "logprobs": "Report logprobs of generated tokens: in completions the number of alternatives, in chats true.",
     "top_logprobs": "Alternatives to report beside each generated token; needs logprobs.",
     "prompt_logprobs": "Alternatives to report beside each token of the prompt.",
@@ -43,7 +43,7 @@ DESCRIPTIONS = {
     "user": "Who asks; for the client's own records.",
     "request_id": "A name for the request.",
     "latents": "Report the latent after the last token, or all.",
-    "add_special_tokens": "Put the document's start before a prompt if the model wants one there.",
+    "add_special_tokens": "Put the document's start before a prompt; left out: as the checkpoint says.",
     "allow_special": (
         "Special tokens' names in the prompt are those tokens. Left out: only where the prompt is nothing but one name."
     ),

@@ -74,8 +74,15 @@ def from_exception(error: Exception) -> ApiError:
 
 
 def dump_json(content: Any) -> bytes:
-    """Compact UTF-8 JSON; refuses NaN, replaces lone surrogates."""
-    return _JSON.encode(content).encode("utf-8", "replace")
+    """Compact UTF-8 JSON; refuses NaN, replaces lone surrogates. It is one line to every client."""
+    return escape_line_ends(_JSON.encode(content)).encode("utf-8", "replace")
+
+
+def escape_line_ends(text: str) -> str:
+    """JSON with those characters escaped that JSON may hold as they are and some clients end a line of a stream at."""
+    if text.isascii():
+        return text
+    return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -5,16 +5,14 @@ Neighbours: `schemas.py` has checked the types; `completions.py` makes engine re
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lrt_core.tokenizer import Tokenizer, TokenizerError
 from server.api.errors import ApiError, bad_request
 from server.api.schemas import CompletionRequest
-
-THREAD_CHARACTERS = 20_000
-"""Requests with more text are tokenised in a thread, so that other requests' streams go on."""
+from server.api.threads import MANY_CHARACTERS, run_beside
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,8 @@ class PromptReader:
         if options.truncate is not None and options.truncate > self.max_model_len:
             message = f"'truncate_prompt_tokens' must be at most {self.max_model_len}, the model's maximum context length"
             raise bad_request(message, param="truncate_prompt_tokens")
-        if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) > THREAD_CHARACTERS:
-            return await asyncio.to_thread(self._read_all, prompts, max_tokens, options)
-        return self._read_all(prompts, max_tokens, options)
+        is_long = sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) > MANY_CHARACTERS
+        return await run_beside(is_long, partial(self._read_all, prompts, max_tokens, options))
 
     def _read_all(self, prompts: Sequence[str | tuple[int, ...]], max_tokens: int, options: PromptOptions) -> list[Prompt]:
         return [self._read_one(prompt, max_tokens, options) for prompt in prompts]
@@ -92,10 +89,7 @@ class PromptReader:
             )
         if options.truncate is None:
             self.check_size(len(text.encode("utf-8")))
-        add_bos = self.tokenizer.add_bos if options.add_special_tokens is None else options.add_special_tokens
-        if add_bos and self.tokenizer.bos_id is None:
-            message = "'add_special_tokens' asks for a document-start token, and this checkpoint has none"
-            raise bad_request(message, param="add_special_tokens")
+        add_bos = adds_bos(self.tokenizer, options.add_special_tokens)
         try:
             ids = self.tokenizer.encode(text, add_bos=add_bos, allow_special=options.allow_special)
         except TokenizerError as error:
@@ -125,6 +119,14 @@ class PromptReader:
             f"your prompt has {length} tokens. Please shorten it."
         )
         return bad_request(message, param=self.param, code="context_length_exceeded")
+
+
+def adds_bos(tokenizer: Tokenizer, wanted: bool | None) -> bool:
+    """Whether the document-start token goes before a text: as wanted, None as the checkpoint says. Raises ApiError (400)."""
+    if wanted and tokenizer.bos_id is None:
+        message = "'add_special_tokens' asks for a document-start token, and this checkpoint has none"
+        raise bad_request(message, param="add_special_tokens")
+    return tokenizer.add_bos if wanted is None else wanted
 
 
 def _last(prompt: Prompt, count: int) -> Prompt:

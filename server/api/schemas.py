@@ -157,7 +157,7 @@ class GenerationFields(RequestFields):
         self,
         request_id: str,
         prompt_ids: tuple[int, ...],
-        tokenizer: Tokenizer,
+        sampling: SamplingParams,
         max_model_len: int,
         *,
         num_samples: int,
@@ -165,12 +165,12 @@ class GenerationFields(RequestFields):
         prompt_logprobs: int | None,
         grammar: Grammar | None = None,
     ) -> GenerationRequest:
-        """What the engine is asked for, for one prompt; logprobs and prompt_logprobs as the engine is to report them, which
-        may be more than the client asked for."""
+        """What the engine is asked for, for one prompt. sampling: of `sampling_params`, the same for all prompts; logprobs and
+        prompt_logprobs: as the engine is to report them, which may be more than the client asked for."""
         return GenerationRequest(
             request_id=request_id,
             prompt_ids=prompt_ids,
-            sampling=self.sampling_params(tokenizer),
+            sampling=sampling,
             stopping=self.stopping_params(max_model_len - len(prompt_ids)),
             n=num_samples,
             logprobs=logprobs,

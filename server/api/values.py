@@ -83,6 +83,17 @@ def parse_ids(value: object) -> tuple[int, ...]:
     return tuple(dict.fromkeys(value))
 
 
+def parse_tokens(value: object) -> tuple[int, ...]:
+    """Ids, of which any may come again. Raises ValueError."""
+    if value != [] and not _is_ids(value):
+        raise ValueError("must be a list of integer token ids")
+    assert isinstance(value, list)
+    wrong = next((id for id in value if id < 0), None)
+    if wrong is not None:
+        raise ValueError(f"must hold ids of at least 0, not {INPUT.repr(wrong)}")
+    return tuple(value)
+
+
 def parse_stop_ids(value: object) -> tuple[int, ...]:
     ids = parse_ids(value)
     if len(ids) > MAX_STOP_IDS:

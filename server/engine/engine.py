@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from itertools import chain
 
 from lrt_core.config import ModelConfig
 from server.engine.block_manager import BlockManager
@@ -249,26 +248,21 @@ def check_request(config: EngineConfig, model: ModelConfig, request: GenerationR
 
 
 def _check_ids(vocab_size: int, request: GenerationRequest) -> None:
-    sampling = request.sampling
-    given: dict[str, Iterable[int]] = {
-        "prompt": request.prompt_ids,
-        "logit_bias": sampling.logit_bias,
-        "allowed_token_ids": sampling.allowed_token_ids or (),
-        "bad_words": chain.from_iterable(sampling.bad_words),
-        "stop_token_ids": request.stopping.stop_token_ids,
-    }
-    for param, ids in given.items():
-        outside = next((token for token in ids if not 0 <= token < vocab_size), None)
-        if outside is not None:
+    ranges = {"prompt": (min(request.prompt_ids), max(request.prompt_ids)), **request.sampling.id_ranges}
+    if stop_ids := request.stopping.stop_token_ids:
+        ranges["stop_token_ids"] = min(stop_ids), max(stop_ids)
+    for param, (smallest, largest) in ranges.items():
+        if smallest < 0 or largest >= vocab_size:
+            outside = smallest if smallest < 0 else largest
             raise RequestError(f"token id {outside} lies outside 0..{vocab_size - 1}", param=param)
 
 
 def _check_choice(vocab_size: int, request: GenerationRequest, end_ids: Collection[int]) -> None:
     """Raise RequestError where a step might come to forbid every token."""
     sampling = request.sampling
-    forbidden = {word[-1] for word in sampling.bad_words}
+    forbidden = sampling.ends_of_bad_words
     if request.stopping.min_tokens > 0:
-        forbidden |= set(end_ids)
+        forbidden = forbidden.union(end_ids)
     allowed = sampling.allowed_token_ids
     if len(forbidden) >= vocab_size or (allowed is not None and forbidden.issuperset(allowed)):
         param = "bad_words" if allowed is None else "allowed_token_ids"

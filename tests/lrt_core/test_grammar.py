@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,27 @@ def test_what_matches_is_admitted_and_may_end(kind: GrammarKind, source: str, te
         state = walk(grammar(kind, source).start(), text)
         assert state.is_complete
         assert TOKENIZER.eos_ids <= permitted(state)
+
+
+@pytest.mark.parametrize(
+    ("schema", "is_taken"),
+    [
+        ({"type": "object", "minProperties": 2}, False),
+        ({"patternProperties": {"^a$": {"const": 1}}, "additionalProperties": False, "minProperties": 2}, False),
+        ({"properties": {"const": {"type": "object", "minProperties": 2}}}, False),
+        ({"anyOf": [{"type": "null"}, {"type": "object", "minProperties": 3, "required": ["a", "b"]}]}, False),
+        ({"type": "object", "minProperties": 1}, True),
+        ({"properties": {"a": {"const": 1}, "b": {"const": 1}}, "required": ["a", "b"], "minProperties": 2}, True),
+        ({"properties": {"minProperties": {"type": "integer"}}}, True),
+        ({"const": {"minProperties": 9}}, True),
+    ],
+)
+def test_no_object_reaches_its_number_of_properties_by_saying_a_key_twice(schema: dict[str, Any], is_taken: bool) -> None:
+    if is_taken:
+        grammar("json", json.dumps(schema))
+    else:
+        with pytest.raises(GrammarError, match="minProperties above 1 is supported only where"):
+            grammar("json", json.dumps(schema))
 
 
 def test_an_end_comes_only_where_the_text_matches() -> None:

@@ -40,6 +40,12 @@ def test_what_is_not_a_json_object_is_told(body: bytes, message: str) -> None:
     assert len(told) < 300
 
 
+def test_a_key_that_comes_again_among_many_is_found_at_once() -> None:
+    body = b"{%s}" % b",".join(b'"%d":0' % (number % 99_999) for number in range(100_000))
+    response = call(make_app(FakeEngine(), max_body_size=2_000_000), "POST", PATH, content=body)
+    assert "the key '0' appears twice" in assert_envelope(response, 400, INVALID)
+
+
 def test_infinite_numbers_are_refused() -> None:
     body = b'{"model": "tiny", "prompt": "a", "temperature": 1e999}'
     told = assert_envelope(call(make_app(FakeEngine()), "POST", PATH, content=body), 400, INVALID, "temperature")

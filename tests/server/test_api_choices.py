@@ -12,6 +12,7 @@ from server.engine.request import Delta, TokenLogprob
 from server.engine.stream import join
 
 TOKENS = {1: b"a", 2: b"bc", 3: b"\xc3", 4: b"\xa9", 5: "\u20ac".encode(), 6: b"\xe2\x82", 7: b"\xac!", 8: b"<bos>", 9: b"\xff"}
+TOKENS |= {10: b"\xe0", 11: b"\x98\x80"}
 
 
 class ByteTokenizer:
@@ -49,6 +50,8 @@ def offsets(*ids: int, **options: Any) -> list[int]:
         ((3, 1, 1), [0, 1, 2]),  # an abandoned character is a replacement character of its own
         ((3, 3, 4, 1), [0, 1, 1, 2]),
         ((9, 1), [0, 1]),
+        ((10, 11, 1), [0, 1, 3]),  # what begins like the rest of a character, and is not of the one before
+        ((4, 11, 1), [0, 1, 3]),
         ((1, 8, 1), [0, 1, 1]),  # a special token has no text
     ],
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.events import ChunkWriter, event
+from server.api.events import ChunkWriter, event, whole
 
 HEAD = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": 'a "quoted" name'}
 
@@ -28,6 +29,23 @@ def test_chunks_are_what_a_plain_encoding_says(
     assert ChunkWriter(HEAD, tail).write(choice) == event({**HEAD, "choices": [choice], **tail})
     delta = {"index": index, "delta": {"content": text}, **{key: choice[key] for key in list(choice)[2:]}}
     assert ChunkWriter(HEAD, tail).write(delta) == event({**HEAD, "choices": [delta], **tail})
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_an_event_is_one_line_to_every_client(text: str) -> None:
+    text += "\x85\u2028\u2029\x0b\x1c"
+    data = ChunkWriter(HEAD, {}).write({"index": 0, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None})
+    [line, _] = data.decode().splitlines()
+    assert json.loads(line.removeprefix("data: "))["choices"][0]["text"] == text
+    [line, _] = event({"text": text}).decode().splitlines()
+    assert json.loads(line.removeprefix("data: ")) == {"text": text}
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_whole_response_is_what_a_plain_encoding_says(number: int) -> None:
+    choices = [{"index": index, "text": "\u00e9"} for index in range(number)]
+    tail = {"usage": {"total_tokens": 3}}
+    assert b"data: " + whole(HEAD, choices, tail) + b"\n\n" == event({**HEAD, "choices": choices, **tail})
 
 
 @pytest.mark.parametrize("delta", [{}, {"role": "assistant", "content": ""}])

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from lrt_core.generate import generate, read
 from lrt_core.sampling_params import SamplingParams
+from server.api import completions
 from server.api.completions import MAX_LATENT_BYTES
+from server.api.events import whole
 from server.api.schemas import (
     MAX_CHOICES,
     CompletionRequest,
@@ -30,7 +32,7 @@ from server.engine import model_runner
 from server.engine.engine import StepOutput
 from server.engine.model_runner import logits_rows
 from tests.helpers import TINY_VOCAB_SIZE, VARIANTS, random_ids, tiny_config, tiny_model
-from tests.server.fakes import FakeEngine, assert_envelope, complete, events
+from tests.server.fakes import FakeEngine, assert_envelope, call, complete, events, make_app
 from tests.server.live import EOS, PROMPT, TOKENIZER, Live, defaults
 
 INVALID = "invalid_request_error"
@@ -284,6 +286,27 @@ def test_bounds_are_allowed(field: str, fields: dict[str, Any]) -> None:
 )
 def test_sampling_fields_do_what_the_oracle_does(fields: dict[str, Any], params: dict[str, Any], heat: dict[str, Any]) -> None:
     assert live().ids(max_tokens=24, **fields, **heat) == oracle(24, **params, **heat)
+
+
+def test_a_long_answer_is_written_beside_the_loop_and_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"prompt": ["the", "end"], "n": 2, "logprobs": 3, "prompt_logprobs": 2, "seed": 5, "max_tokens": 9}
+    threads = []
+    monkeypatch.setattr(completions, "whole", lambda *parts: threads.append(threading.current_thread()) or whole(*parts))
+    short = live().body(**fields)
+    monkeypatch.setattr(completions, "MANY_ITEMS", 5)
+    long = live().body(**fields)
+    assert threads[0] is not threads[1]
+    assert long["choices"] == short["choices"] and long["usage"]["completion_tokens"] == short["usage"]["completion_tokens"]
+
+
+def test_bad_words_are_cut_into_tokens_once_for_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+    encode, texts = engine.tokenizer.encode, []
+    monkeypatch.setattr(engine.tokenizer, "encode", lambda text, **how: texts.append(text) or encode(text, **how))
+    body = {"prompt": [[A]] * 5, "bad_words": ["a", "x" * 40_000], "max_tokens": 1}
+    assert call(make_app(engine, max_body_size=100_000), "POST", "/v1/completions", json=body).status_code == 200
+    assert texts == ["a", " a", "x" * 40_000, " " + "x" * 40_000]
+    assert len({id(request.sampling) for request in engine.requests}) == 1
 
 
 def test_fields_of_one_request_do_not_reach_another() -> None:

@@ -33,6 +33,18 @@ def tokens(**body: Any) -> list[int]:
 def test_a_prompt_is_tokenised_as_completions_do(prompt: str) -> None:
     assert tokens(prompt=prompt) == TOKENIZER.encode(prompt)
     assert tokens(prompt=prompt, add_special_tokens=False) == TOKENIZER.encode(prompt, add_bos=False)
+    assert tokens(prompt=prompt, add_special_tokens=True) == TOKENIZER.encode(prompt, add_bos=True)
+
+
+def test_the_documents_start_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+    monkeypatch.setattr(engine.tokenizer, "add_bos", False)
+    app, asked = make_app(engine), {"prompt": "the", "add_special_tokens": True}
+    plain = call(app, "POST", "/tokenize", json={"prompt": "the"}).json()["tokens"]
+    assert call(app, "POST", "/tokenize", json=asked).json()["tokens"] == [BOS, *plain]
+    monkeypatch.setattr(engine.tokenizer, "bos_id", None)
+    refused = call(app, "POST", "/tokenize", json=asked)
+    assert "this checkpoint has none" in assert_envelope(refused, 400, "invalid_request_error", "add_special_tokens")
 
 
 def test_special_tokens_when_asked_for() -> None:
@@ -84,6 +96,7 @@ def test_ids_become_text() -> None:
     ids = [BOS, *TOKENIZER.encode("héllo", add_bos=False)]
     assert post("/detokenize", tokens=ids).json() == {"prompt": "<|bos|>héllo"}
     assert post("/detokenize", tokens=[]).json() == {"prompt": ""}
+    assert post("/detokenize", tokens=[97] * 10_000).json() == {"prompt": "a" * 10_000}
 
 
 @pytest.mark.parametrize(
@@ -91,9 +104,10 @@ def test_ids_become_text() -> None:
     [
         ({}, "tokens", "is required"),
         ({"tokens": [1, TOKENIZER.vocab_size]}, "tokens", "out of range"),
-        ({"tokens": [1, -1]}, "tokens.1", "greater than or equal to 0"),
-        ({"tokens": "a"}, "tokens", "valid list"),
-        ({"tokens": [True]}, "tokens.0", "valid integer"),
+        ({"tokens": [1, -1] + [-2] * 10_000}, "tokens", "must hold ids of at least 0, not -1"),
+        ({"tokens": "a"}, "tokens", "must be a list of integer token ids"),
+        ({"tokens": [True]}, "tokens", "must be a list of integer token ids"),
+        ({"tokens": [0] * 10_000 + [10**30]}, "tokens", "out of range"),
     ],
 )
 def test_what_is_no_id(body: dict[str, Any], param: str, told: str) -> None:

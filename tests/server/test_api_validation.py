@@ -185,7 +185,7 @@ def test_much_text_is_tokenised_off_the_loop(monkeypatch: pytest.MonkeyPatch) ->
         return [1] * 5
 
     monkeypatch.setattr(engine.tokenizer, "encode", encode)
-    monkeypatch.setattr(prompts, "THREAD_CHARACTERS", 600)
+    monkeypatch.setattr(prompts, "MANY_CHARACTERS", 600)
     assert complete(engine, prompt=["a" * 60] * 10).status_code == 200
     assert threads == {threading.main_thread()}
     assert complete(engine, prompt=["a" * 60] * 11).status_code == 200
