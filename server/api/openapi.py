@@ -70,7 +70,8 @@ _NO_MODEL = "MODEL"
 @dataclass(frozen=True)
 class Operation:
     """What a route takes and answers. answer: model of the JSON in a 200, None for another `media_type`. stream: model of the
-    events' JSON, where a response can be a stream. examples: bodies by name. statuses: of errors."""
+    events' JSON, where a response can be a stream. examples: bodies by name; example, stream_example: of an answer and of an
+    event. statuses: of errors."""
 
     tag: str
     summary: str
@@ -79,6 +80,7 @@ class Operation:
     stream: type[BaseModel] | None = None
     examples: Mapping[str, Any] = field(default_factory=dict)
     example: Any = None
+    stream_example: Any = None
     statuses: tuple[int, ...] = _ANY
     media_type: str = "application/json"
     parameters: tuple[Schema, ...] = ()
@@ -102,6 +104,20 @@ _MODEL = {
     "max_model_len": 512,
     "recurrence": {"variant": "layerwise", "source_layer": 5},
 }
+_TOKENIZER = {
+    "tokenizer_class": "tiktoken",
+    "vocab_size": 2048,
+    "model_max_length": 512,
+    "bos_token": "<|bos|>",
+    "eos_token": "<|assistant_end|>",
+    "pad_token": None,
+    "unk_token": None,
+    "add_bos_token": True,
+    "additional_special_tokens": ["<|bos|>", "<|assistant_end|>"],
+    "chat_template": None,
+}
+_METRICS = '# TYPE lrt:num_requests_running gauge\nlrt:num_requests_running{engine="0",model_name="tiny"} 3.0\n'
+_OK = {"status": "ok"}
 _PROBE = ("get", "head")
 
 OPERATIONS: dict[str, Operation] = {
@@ -122,6 +138,7 @@ OPERATIONS: dict[str, Operation] = {
             "choices": [{"index": 0, "text": "\n    if", **_END}],
             "usage": _USAGE,
         },
+        stream_example={**_HEAD, "object": "text_completion", "choices": [{"index": 0, "text": " if", **_END}]},
         statuses=(*_BODY, 429),
         methods=("post",),
     ),
@@ -142,6 +159,12 @@ OPERATIONS: dict[str, Operation] = {
             "object": "chat.completion",
             "choices": [{"index": 0, "message": {"role": "assistant", "content": "A state.", "refusal": None}, **_END}],
             "usage": _USAGE,
+        },
+        stream_example={
+            **_HEAD,
+            "id": "chatcmpl-1",
+            "object": "chat.completion.chunk",
+            "choices": [{"index": 0, "delta": {"content": " state"}, **_END}],
         },
         statuses=(*_BODY, 429),
         methods=("post",),
@@ -169,7 +192,7 @@ OPERATIONS: dict[str, Operation] = {
         statuses=_BODY,
         methods=("post",),
     ),
-    "/tokenizer_info": Operation("tokens", "What the tokenizer is", answer=responses.TokenizerInfo),
+    "/tokenizer_info": Operation("tokens", "What the tokenizer is", answer=responses.TokenizerInfo, example=_TOKENIZER),
     "/v1/models": Operation(
         "models", "Every served name", answer=responses.ModelList, example={"object": "list", "data": [_MODEL]}
     ),
@@ -181,12 +204,23 @@ OPERATIONS: dict[str, Operation] = {
         statuses=(404, *_ANY),
         parameters=({"name": "name", "in": "path", "required": True, "schema": {"type": "string"}, "example": _NO_MODEL},),
     ),
-    "/live": Operation("probes", "The process answers", answer=responses.Status, statuses=(500,), methods=_PROBE),
-    "/ready": Operation("probes", "New requests are taken", answer=responses.Status, methods=_PROBE),
-    "/health": Operation("probes", "The engine lives and gets on", answer=responses.Health, methods=_PROBE),
-    "/version": Operation("numbers", "Versions of what answers", answer=responses.Versions),
-    "/load": Operation("numbers", "Requests in flight", answer=responses.Load),
-    "/metrics": Operation("numbers", "Prometheus' text format", media_type="text/plain"),
+    "/live": Operation("probes", "The process answers", answer=responses.Status, example=_OK, statuses=(500,), methods=_PROBE),
+    "/ready": Operation("probes", "New requests are taken", answer=responses.Status, example=_OK, methods=_PROBE),
+    "/health": Operation(
+        "probes",
+        "The engine lives and gets on",
+        answer=responses.Health,
+        example={**_OK, "last_step_age_seconds": 0.0},
+        methods=_PROBE,
+    ),
+    "/version": Operation(
+        "numbers",
+        "Versions of what answers",
+        answer=responses.Versions,
+        example={"version": package_version("lrt-server"), "torch": "2.13.0", "python": "3.12.4"},
+    ),
+    "/load": Operation("numbers", "Requests in flight", answer=responses.Load, example={"server_load": 3}),
+    "/metrics": Operation("numbers", "Prometheus' text format", media_type="text/plain", example=_METRICS),
     "/openapi.json": Operation("documents", "This document", answer=responses.OpenAPIDocument),
     "/docs": Operation("documents", "A page that shows this document", media_type="text/html"),
 }
@@ -283,7 +317,12 @@ def _content(operation: Operation) -> Schema:
     if operation.stream is not None:
         text = f"Events `data: JSON`, each a {operation.stream.__name__} or an Error, and a last one `data: [DONE]`."
         event = {"anyOf": [_reference(operation.stream), _reference(responses.Error)]}
-        content["text/event-stream"] = {"schema": {"type": "string", "description": text}, "x-event": event}
+        assert operation.stream_example is not None
+        content["text/event-stream"] = {
+            "schema": {"type": "string", "description": text},
+            "x-event": event,
+            "example": f"data: {dump_json(operation.stream_example).decode()}\n\ndata: [DONE]\n\n",
+        }
     return content
 
 
