@@ -75,8 +75,13 @@ def parallel_bpb(
 @torch.no_grad()
 def sequential_bpb(model: LatentRecurrentTransformer, rows: Tensor, byte_lengths: Tensor, batch_size: int = 64) -> float:
     """BPB of rows [R, T + 1] decoded token by token, each token's memory the latent of the one before it."""
-    losses = [_decode_losses(model, tokens, targets) for tokens, targets in _batches(rows, batch_size)]
-    return bits_per_byte(torch.cat(losses), split_rows(rows)[1], byte_lengths)
+    return bits_per_byte(sequential_losses(model, rows, batch_size), split_rows(rows)[1], byte_lengths)
+
+
+@torch.no_grad()
+def sequential_losses(model: LatentRecurrentTransformer, rows: Tensor, batch_size: int = 64) -> Tensor:
+    """Losses [R, T] in nats of rows [R, T + 1] decoded token by token."""
+    return torch.cat([_decode_losses(model, tokens, targets) for tokens, targets in _batches(rows, batch_size)])
 
 
 def _decode_losses(model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from training import evaluation_plots
 from training.command import device_of, positive, status_of
 from training.config import PYTHON_SOURCES, TrainingConfig
 from training.data import load_corpus, read_texts
-from training.evaluate import bits_per_byte, parallel_bpb, sequential_bpb
+from training.evaluate import bits_per_byte, parallel_bpb, sequential_bpb, sequential_losses
 from training.measures import contraction, late_minus_early, layer_diagnostics, pack_rows, position_buckets, refined_losses
 from training.probes import TASKS, ordinary_ids, score
 from training.schedules.flags import add_schedule_flags, given_options
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         help=f"a file or folder of text, as lrt-train takes; repeatable (default: {PYTHON_SOURCES}, the part for validation)",
     )
+    add("--held-out", action="store_true", help="of --data only what lrt-train holds out of the same sources for validation")
     add("--rows", type=positive, default=32, metavar="N", help="of text, spread over the data (default %(default)s)")
     add("--sequence-len", type=positive, metavar="N", help="tokens of a row (default: the trained context)")
     add(
@@ -73,12 +74,16 @@ def _run(args: argparse.Namespace) -> None:
         evaluation_plots.require()
     if not 0 < args.tolerance < 1:
         raise ValueError(f"--tolerance must lie between 0 and 1, got {args.tolerance:g}")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
+    if args.held_out and args.data is None:
+        raise ValueError("--held-out needs --data: without it only what training holds out is read")
     if args.task_len < 4:
         raise ValueError(f"--task-len must be at least 4, got {args.task_len}")
     model = load_model(args.checkpoint, dtype=torch.float32, device=device_of(args.device))
     tokenizer = load_tokenizer(args.checkpoint)
     length = args.sequence_len or model.config.sequence_len
-    rows = pack_rows(_texts(args.data), tokenizer, length, args.rows).to(model.device)
+    rows = pack_rows(_texts(args.data, args.held_out), tokenizer, length, args.rows).to(model.device)
     results = evaluate(model, tokenizer, rows, args)
     for line in table(results):
         print(line)
@@ -89,11 +94,11 @@ def _run(args: argparse.Namespace) -> None:
             print(path)
 
 
-def _texts(sources: list[str] | None) -> list[str]:
-    """Of the sources; without them the documents that a run on this machine's Python files does not train on."""
-    if sources is not None:
+def _texts(sources: list[str] | None, held_out: bool) -> list[str]:
+    """Of the sources, all of them or what a run on them does not train on; without sources of this machine's Python files."""
+    if sources is not None and not held_out:
         return read_texts(sources)
-    corpus = load_corpus((PYTHON_SOURCES,), TrainingConfig.validation_fraction, piece_characters=1 << 20)
+    corpus = load_corpus(sources or (PYTHON_SOURCES,), TrainingConfig.validation_fraction, piece_characters=1 << 20)
     return [document.text for document in corpus.validation]
 
 
@@ -104,13 +109,14 @@ def evaluate(model: LatentRecurrentTransformer, tokenizer: Tokenizer, rows: Tens
     diagnosed = rows[:DIAGNOSED_ROWS]
     return {
         "checkpoint": str(args.checkpoint),
+        "data": "all" if args.data is not None and not args.held_out else "held out",
         "rows": len(rows),
         "tokens": targets.numel(),
         "bytes": int(byte_lengths[targets].sum()),
         **_parallel(model, rows, byte_lengths, args),
         **_sequential(model, rows, byte_lengths, args),
         "tasks": _tasks(model, tokenizer, args),
-        "layers": layer_diagnostics(model, diagnosed, args.tolerance, args.max_passes),
+        "layers": layer_diagnostics(model, diagnosed, args.tolerance),
     }
 
 
@@ -128,15 +134,14 @@ def _sequential(
     model: LatentRecurrentTransformer, rows: Tensor, byte_lengths: Tensor, args: argparse.Namespace
 ) -> dict[str, Any]:
     refined = refined_losses(model, rows, args.tolerance, args.max_passes)
-    targets = rows[:, 1:]
-    bpb = bits_per_byte(refined.losses, targets, byte_lengths) if refined.settled else sequential_bpb(model, rows, byte_lengths)
+    losses = refined.losses if refined.settled else sequential_losses(model, rows)
     results: dict[str, Any] = {
-        "sequential_bpb": bpb,
+        "sequential_bpb": bits_per_byte(losses, rows[:, 1:], byte_lengths),
         "sequential_method": "refinement" if refined.settled else "token by token",
         "residuals": refined.residuals,
         "contraction": contraction(refined.residuals),
-        "positions": [bucket._asdict() for bucket in position_buckets(refined.losses)],
-        "in_context": late_minus_early(refined.losses),
+        "positions": [bucket._asdict() for bucket in position_buckets(losses)],
+        "in_context": late_minus_early(losses),
     }
     sample = rows[: max(0, args.check_rows)]
     if len(sample) and refined.settled:
@@ -151,7 +156,7 @@ def _tasks(model: LatentRecurrentTransformer, tokenizer: Tokenizer, args: argpar
     results = {}
     for name, make in TASKS.items():
         task = make(ids, args.task_rows, args.task_len, generator)
-        result = score(model, task, tokenizer.bos_id, args.tolerance, args.max_passes)
+        result = score(model, task, tokenizer.bos_id, args.tolerance)
         results[name] = {**result._asdict(), "chance": 1 / len(ids)}
     return results
 
@@ -160,7 +165,7 @@ def table(results: dict[str, Any]) -> list[str]:
     """The results as lines for a reader."""
     per_forward = ", ".join(f"{value:.4f}" for value in results["parallel_bpb"])
     lines = [
-        f"{results['rows']} rows, {results['tokens']:,} tokens, {results['bytes']:,} bytes",
+        f"{results['rows']} rows, {results['tokens']:,} tokens, {results['bytes']:,} bytes, {results['data']} of the data",
         f"sequential bpb      {results['sequential_bpb']:.4f}  (as served; by {results['sequential_method']})",
         f"parallel bpb        {results['merged_bpb']:.4f}  ({results['schedule']}; per forward {per_forward})",
     ]

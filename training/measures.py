@@ -118,9 +118,7 @@ class _Recorder:
 
 
 @torch.no_grad()
-def layer_diagnostics(
-    model: LatentRecurrentTransformer, rows: Tensor, tolerance: float, max_passes: int
-) -> list[dict[str, Any]]:
+def layer_diagnostics(model: LatentRecurrentTransformer, rows: Tensor, tolerance: float) -> list[dict[str, Any]]:
     """For every layer: its scales, mean and deviation of its gates, and the share of memory in keys and values.
 
     residual_scale, embedding_scale and memory_scale are alpha, beta and gamma. key_memory and value_memory: RMS of what
@@ -129,7 +127,7 @@ def layer_diagnostics(
     tokens = rows[:, :-1]
     memory = None
     if model.config.recurrence is not None:
-        memory = shift(refine(model, tokens, tolerance, max_passes, ROUNDING).latents)
+        memory = shift(refine(model, tokens, tolerance, rounding=ROUNDING).latents)
     record = _recorded_forward(model, tokens, memory)
     projected = model.memory_projection(memory) if model.memory_projection is not None else None
     results: list[dict[str, Any]] = []

@@ -86,13 +86,13 @@ TASKS: dict[str, Callable[[Tensor, int, int, torch.Generator], Task]] = {
 
 
 @torch.no_grad()
-def score(model: LatentRecurrentTransformer, task: Task, bos_id: int | None, tolerance: float, max_passes: int) -> Score:
-    """Answers after `bos_id`, if any, and the task's tokens, by parallel passes to the tolerance."""
+def score(model: LatentRecurrentTransformer, task: Task, bos_id: int | None, tolerance: float) -> Score:
+    """Answers after `bos_id`, if any, and the task's tokens, by as many parallel passes as the tolerance takes."""
     tokens, targets = task
     if bos_id is not None:
         tokens = torch.cat([torch.full_like(tokens[:, :1], bos_id), tokens], dim=1)
         targets = torch.cat([torch.full_like(targets[:, :1], -1), targets], dim=1)
-    hidden = refine(model, tokens.to(model.device), tolerance, max_passes, ROUNDING).hidden
+    hidden = refine(model, tokens.to(model.device), tolerance, rounding=ROUNDING).hidden
     asked = targets >= 0
     answers = targets[asked].to(model.device)
     log_probs = model.logits(hidden[asked.to(model.device)]).log_softmax(dim=-1)

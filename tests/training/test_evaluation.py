@@ -79,7 +79,26 @@ def test_without_data_it_reads_what_training_holds_out(
     small = ["--rows", "3", "--task-rows", "2", "--task-len", "8", "--sequence-len", "16", "--json"]
     assert main([str(checkpoint), *small, str(tmp_path / "own.json")]) == 0
     assert main([str(checkpoint), *given, *small, str(tmp_path / "given.json")]) == 0
-    assert (tmp_path / "own.json").read_text() == (tmp_path / "given.json").read_text()
+    own, all_given = (json.loads((tmp_path / name).read_text()) for name in ("own.json", "given.json"))
+    assert (own.pop("data"), all_given.pop("data")) == ("held out", "all")
+    assert own == all_given
+
+
+def test_of_data_it_reads_what_training_holds_out_if_asked(checkpoint: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for index in range(200):
+        (texts / f"{index}.txt").write_text(f"number {index} of the things\n" * 9)
+    held_out = load_corpus([str(texts)], TrainingConfig.validation_fraction, 1 << 20).validation
+    assert 0 < len(held_out) < 20
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    for document in held_out:
+        (apart / Path(document.name).name.partition("#")[0]).write_text(document.text)
+    short = ("--sequence-len", "16")
+    own = evaluated(checkpoint, texts, "--held-out", *short)
+    assert own["data"] == "held out" and own["bytes"] != evaluated(checkpoint, texts, *short)["bytes"]
+    assert own["rows"] == evaluated(checkpoint, apart, *short)["rows"]
 
 
 def test_what_does_not_settle_is_decoded(data: Path, checkpoint: Path) -> None:
@@ -88,6 +107,9 @@ def test_what_does_not_settle_is_decoded(data: Path, checkpoint: Path) -> None:
     assert slow["sequential_method"] == "token by token"
     assert exact["sequential_method"] == "refinement"
     assert slow["sequential_bpb"] == pytest.approx(exact["sequential_bpb"], rel=1e-4)
+    assert [one["loss"] for one in slow["positions"]] == pytest.approx([one["loss"] for one in exact["positions"]], rel=1e-4)
+    assert slow["in_context"] == pytest.approx(exact["in_context"], abs=1e-4)
+    assert slow["tasks"] == exact["tasks"] and slow["layers"] == exact["layers"]
 
 
 @pytest.mark.parametrize(
@@ -98,6 +120,7 @@ def test_what_does_not_settle_is_decoded(data: Path, checkpoint: Path) -> None:
         (["--schedule", "baseline"], "the baseline schedule trains models without recurrence"),
         (["--chunk-len", "4"], "--chunk-len is an option of chunked, not of interleaved"),
         (["--tolerance", "0"], "--tolerance must lie between 0 and 1"),
+        (["--json", "nowhere/results.json"], "--json nowhere/results.json: there is no folder"),
         (["--task-len", "3"], "--task-len must be at least 4"),
         (["--device", "abacus"], "--device abacus: no such kind of device"),
     ],

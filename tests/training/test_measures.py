@@ -92,7 +92,7 @@ def test_diagnostics_of_neutral_gates_and_known_scales() -> None:
         for layer in model.layers:
             layer.get_parameter("attention.input.gate.weight").zero_()
     rows = make_rows(model.config.vocab_size)
-    layers = layer_diagnostics(model, rows, 1e-6, 20)
+    layers = layer_diagnostics(model, rows, 1e-6)
     assert [layer["layer"] for layer in layers] == [0, 1, 2]
     assert all(layer["gate_memory"] == {"mean": 1.0, "std": 0.0} for layer in layers)
     assert model.memory_scale is not None
@@ -108,8 +108,8 @@ def test_diagnostics_of_neutral_gates_and_known_scales() -> None:
 
 def test_diagnostics_leave_out_what_a_layer_lacks() -> None:
     rows = make_rows(tiny_config().vocab_size)
-    bare = layer_diagnostics(tiny_model(tiny_config(**VARIANTS["plain-bare"])), rows, 1e-6, 20)
+    bare = layer_diagnostics(tiny_model(tiny_config(**VARIANTS["plain-bare"])), rows, 1e-6)
     assert bare == [{"layer": 0}, {"layer": 1}, {"layer": 2}]
-    residual = layer_diagnostics(tiny_model(tiny_config(**VARIANTS["residual-only"])), rows, 1e-6, 20)
+    residual = layer_diagnostics(tiny_model(tiny_config(**VARIANTS["residual-only"])), rows, 1e-6)
     assert {"memory_scale", "gate_value_embedding"} <= set(residual[0])
     assert not {"gate_memory", "key_memory"} & set(residual[0])

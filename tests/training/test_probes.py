@@ -54,7 +54,7 @@ def test_score_counts_what_the_model_would_say(bos_id: int | None) -> None:
     prompt = tokens if bos_id is None else torch.tensor([[bos_id, 5, 6, 7, 8]])
     logits = read(model, prompt[0].tolist()).logits[-4:]
     targets[0, 1], targets[0, 3] = logits[1].argmax(), logits[3].argmin()
-    result = score(model, Task(tokens, targets), bos_id, 1e-6, 20)
+    result = score(model, Task(tokens, targets), bos_id, 1e-6)
     assert (result.accuracy, result.num_answers) == (0.5, 2)
     log_probs = logits.log_softmax(dim=-1)
     expected = -(log_probs[1].max() + log_probs[3].min()) / 2

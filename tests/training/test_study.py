@@ -107,21 +107,58 @@ def test_figures_of_the_report(tmp_path: Path) -> None:
     first, second, third = table.compare(rows)
     assert first.differences == {
         "tokens": pytest.approx(1.75 - 2.0),
-        "compute": pytest.approx(1.75 - (2.0 + 1.61) / 2),  # 2000 tokens: half way between 1000 and 4000
-        "time on clock": pytest.approx(1.75 - 1.61),  # 40 seconds, where the plain model had its 4000 tokens
+        "compute": pytest.approx(
+            1.75 - (2.0 + 1.6) / 2
+        ),  # 2000 tokens: half way from 1000 to 4000, of one seed
+        "time on clock": pytest.approx(1.75 - 1.6),  # 40 seconds, where the plain model had its 4000 tokens
         "time on sundial": None,
     }
-    assert second.differences["tokens"] == pytest.approx(1.7 - (2.0 + 1.61) / 2)
-    assert list(third.differences.values()) == [pytest.approx(1.5 - 1.61), None, None, None]
+    assert second.differences["tokens"] == pytest.approx(1.7 - (2.0 + 1.6) / 2)
+    assert list(third.differences.values()) == [pytest.approx(1.5 - 1.6), None, None, None]
     files = {path.name: path for path in report.write(tmp_path, [*plain, *other], TIMING, num_missing=3)}
     text = files["report.md"].read_text()
     assert "**3 runs of the plan are missing.**" in text
-    assert "| other | 1 | -0.2500 | -0.0550 | +0.1400 | - |" in text
+    assert "| other | 1 | -0.2500 | -0.0500 | +0.1500 | - |" in text
     assert "At equal compute the recurrence wins 1 and loses 1 of 2" in text
     with files["results.csv"].open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [float(line["sequential_bpb"]) for line in lines] == [2.0, 1.6, 1.62, 1.75, 1.7, 1.5]
     assert files["compute.png"].read_bytes()[:4] == files["time.png"].read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_plain_model_between_its_budgets() -> None:
+    points = [(2.0**k, 3.0 - k + k * k / 8) for k in (0, 1, 2, 4)]
+    assert table.interpolated(points, 2.0**1.5) == pytest.approx(3.0 - 1.5 + 1.5**2 / 8), "a parabola over log x is met"
+    assert table.interpolated(points, 2.0) == pytest.approx(2.125)
+    assert table.interpolated(points, 16.2) == table.interpolated(points, 16.0) == pytest.approx(1.0)
+    assert table.interpolated(points, 17.0) is None and table.interpolated(points, 0.9) is None
+    assert table.interpolated([(100, 1.0), (100, 0.9), (200, 0.8)], 100) == pytest.approx(0.95)
+    assert table.interpolated([(100, 1.0)], 100) == 1.0 and table.interpolated([], 1.0) is None
+
+
+def test_verdicts_without_a_second_seed_name_no_winner(tmp_path: Path) -> None:
+    results = [result(BASELINE, 1, 2.0), result(BASELINE, 2, 1.9), result("other", 1, 1.85, cost=2)]
+    text = report.write(tmp_path, results, TIMING, num_missing=0)[1].read_text()
+    assert "below the plain model in 1 and above it in 0 of 1 comparisons; how far seeds differ is not known" in text
+    assert "wins" not in text.partition("## Beside the plain model")[2].partition("so long.")[2]
+
+
+def test_steps_are_timed_in_turns_with_all_that_they_are_compared_with(tmp_path: Path) -> None:
+    timed: list[list[str]] = []
+
+    class Pool:
+        def submit(self, work: Any, *given: Any) -> Future[Any]:
+            future = Future[Any]()
+            if given:
+                timed.append([variant.name for variant in given[0].variants])
+            future.set_result({name: [0.1 * len(timed)] for name in timed[-1]} if given else "clock")
+            return future
+
+    plans = [chosen(PLANS["tiny"](), names) for names in ([BASELINE], [BASELINE, RECURRENT], [BASELINE, RECURRENT])]
+    for plan in plans:
+        Runner(plan, Surroundings(tmp_path, Any, Any, "cpu", 1, False), 2)._time(Pool())  # type: ignore[arg-type]
+    assert timed == [[BASELINE], [BASELINE, RECURRENT]]
+    assert json.loads((tmp_path / "timing.json").read_text()) == {"clock": {BASELINE: [0.2], RECURRENT: [0.2]}}
 
 
 def test_from_data_to_report_and_on(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

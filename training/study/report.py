@@ -61,14 +61,16 @@ def markdown(rows: Sequence[Row], num_tokens: int, num_missing: int, pictures: S
         "# What the recurrence bought",
         f"Bits per byte (BPB), less is better, on {num_tokens:,} validation tokens. *Sequential*: token by token with the true "
         "recurrence, as served: the one that counts. *Merged* is parallel, each position by the last forward that computed it. "
-        "*Compute* counts a token once for every forward in which a training step computes it. *Time on* a device: the steps "
-        "times the median step, measured there alone. Spread: largest less smallest of the seeds.",
+        "*Tokens / parameter* are of the plain model's parameters, the same text for all; layerwise projections add some. "
+        "*Compute* counts a token once for every forward in which a training step computes it, whatever a forward costs. *Time "
+        "on* a device: the steps times the median step, measured there alone. Spread: largest less smallest of the seeds.",
         *([f"**{num_missing} runs of the plan are missing.**"] if num_missing else []),
         "## All runs",
         _table_of_rows(rows),
         "## Beside the plain model",
         "Sequential BPB less the plain model's at as many tokens, as much compute, as much time: below zero the recurrence "
-        "wins. The plain model is interpolated between its budgets; a dash: it was not trained for so little or so long.",
+        "wins. The plain model is interpolated between its budgets, and of the same seeds; a dash: it was not trained for so "
+        "little or so long.",
         _table_of_comparisons(comparisons),
         *_verdicts(comparisons, max((row.spread for row in rows if row.spread is not None), default=0.0)),
         *(f"![{path.stem}]({path.name})" for path in pictures),
@@ -82,7 +84,17 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def _table_of_rows(rows: Sequence[Row]) -> str:
     measures = list(rows[0].costs)
-    heads = ["variant", "tokens / parameter", "parameters", *measures, "sequential", "spread", "merged", "contraction"]
+    heads = [
+        "variant",
+        "tokens / parameter",
+        "parameters",
+        "tokens / own parameter",
+        *measures,
+        "sequential",
+        "spread",
+        "merged",
+        "contraction",
+    ]
     return _table(heads, [_cells(row, measures) for row in rows])
 
 
@@ -91,6 +103,7 @@ def _cells(row: Row, measures: Sequence[str]) -> list[str]:
         row.variant,
         f"{row.tokens_per_parameter:g}",
         f"{row.parameters:,}",
+        f"{row.costs['tokens'] / row.parameters:.2f}",
         *(_cost(measure, row.costs.get(measure)) for measure in measures),
         f"{row.sequential:.4f}",
         f"{row.spread:.4f} ({row.num_seeds} seeds)" if row.spread is not None else "",
@@ -118,16 +131,17 @@ def _table_of_comparisons(comparisons: Sequence[Comparison]) -> str:
 def _verdicts(comparisons: Sequence[Comparison], margin: float) -> list[str]:
     """A sentence for each measure: how often the recurrence wins by more than seeds differ, and its best."""
     said = []
-    beyond = f", by more than the largest spread between seeds ({margin:.4f})" if margin else ""
     for measure in dict.fromkeys(measure for one in comparisons for measure in one.differences):
         values = [(value, one.row) for one in comparisons if (value := one.differences.get(measure)) is not None]
         if not values:
             continue
-        wins = sum(value < -margin for value, _ in values)
-        losses = sum(value > margin for value, _ in values)
+        below, above = (sum(sign * value > margin for value, _ in values) for sign in (-1, 1))
         best, row = min(values, key=lambda pair: pair[0])
-        said.append(
-            f"At equal {measure} the recurrence wins {wins} and loses {losses} of {len(values)} comparisons{beyond}; the best "
-            f"is {row.variant} at {row.tokens_per_parameter:g} tokens per parameter, {best:+.4f}."
-        )
+        found = f"the best is {row.variant} at {row.tokens_per_parameter:g} tokens per parameter, {best:+.4f}."
+        if margin:
+            counts = f"the recurrence wins {below} and loses {above} of {len(values)} comparisons, by more than the largest"
+            said.append(f"At equal {measure} {counts} spread between seeds ({margin:.4f}); {found}")
+        else:
+            counts = f"the recurrence is below the plain model in {below} and above it in {above} of {len(values)} comparisons"
+            said.append(f"At equal {measure} {counts}; how far seeds differ is not known; {found}")
     return said

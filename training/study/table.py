@@ -1,7 +1,8 @@
 """The figures of a study: a row per variant and budget, each beside the plain model at equal tokens, compute and time.
 
-The plain model's BPB between its own budgets is interpolated, linearly in the logarithm of what is equal; beyond them nothing
-is said. Neighbours: `report.py`, `plots.py`.
+The plain model's BPB between its own budgets is interpolated by the parabola through the three budgets that are nearest, over
+the logarithm of what is equal: a straight line would lie above the curve, to the recurrence's favour. Beyond them nothing is
+said. Neighbours: `report.py`, `plots.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from training.study.plan import BASELINE
@@ -26,7 +26,7 @@ class Row:
 
     costs: what training cost by each measure: `tokens`, `compute` (effective tokens), and `time on DEVICE`, the seconds of all
     steps at the pace measured alone there. sequential, merged: mean bits per byte; spread: largest less smallest sequential of
-    the seeds, None for one. contraction: mean, None where no run told one.
+    the seeds, None for one. by_seed: sequential of each. contraction: mean, None where no run told one.
     """
 
     variant: str
@@ -37,6 +37,7 @@ class Row:
     sequential: float
     merged: float
     spread: float | None
+    by_seed: dict[int, float]
     contraction: float | None
 
 
@@ -71,29 +72,45 @@ def _row(own: list[Result], timing: Timing) -> Row:
         sequential=statistics.mean(sequential),
         merged=statistics.mean(one["merged_bpb"] for one in own),
         spread=max(sequential) - min(sequential) if len(own) > 1 else None,
+        by_seed={one["seed"]: one["sequential_bpb"] for one in own},
         contraction=statistics.mean(contractions) if contractions else None,
     )
 
 
 def compare(rows: Sequence[Row]) -> list[Comparison]:
-    """Every row of a recurrent variant beside the plain model's."""
+    """Every row of a recurrent variant beside the plain model's, over the seeds that both have."""
     plain = [row for row in rows if row.variant == BASELINE]
 
     def difference(row: Row, measure: str) -> float | None:
-        points = [(one.costs[measure], one.sequential) for one in plain if measure in one.costs]
-        other = interpolated(points, row.costs[measure])
-        return None if other is None else row.sequential - other
+        found = []
+        for seed, own in row.by_seed.items():
+            points = [(one.costs[measure], one.by_seed[seed]) for one in plain if measure in one.costs and seed in one.by_seed]
+            other = interpolated(points, row.costs[measure])
+            found += [] if other is None else [own - other]
+        return statistics.mean(found) if found else None
 
     return [
         Comparison(row, {measure: difference(row, measure) for measure in row.costs}) for row in rows if row.variant != BASELINE
     ]
 
 
+NEAR = 0.03
+"""By how much of itself a cost may lie beyond the last budget and count as that: budgets are rounded to whole steps."""
+
+
 def interpolated(points: Sequence[tuple[float, float]], x: float) -> float | None:
-    """The line through points (x > 0, y) at x, straight over log x between neighbours; None outside of them."""
-    points = sorted(points)
-    for left, right in pairwise(points):
-        if left[0] <= x <= right[0]:
-            share = (math.log(x) - math.log(left[0])) / (math.log(right[0]) - math.log(left[0]))
-            return left[1] + share * (right[1] - left[1])
-    return points[0][1] if points and points[0][0] == x else None
+    """The parabola over log x through the three points (x > 0, y) that are nearest to x, of two the line; None outside of them.
+
+    Points of one x count as their mean.
+    """
+    by_x: dict[float, list[float]] = {}
+    for place, value in points:
+        by_x.setdefault(place, []).append(value)
+    places = sorted(by_x)
+    if not places or not places[0] / (1 + NEAR) <= x <= places[-1] * (1 + NEAR):
+        return None
+    at = math.log(min(max(x, places[0]), places[-1]))
+    nearest = sorted(places, key=lambda place: abs(math.log(place) - at))[:3]
+    known = [(math.log(place), statistics.mean(by_x[place])) for place in nearest]
+    # Lagrange's form: exact at the points.
+    return sum(value * math.prod((at - other) / (own - other) for other, _ in known if other != own) for own, value in known)
