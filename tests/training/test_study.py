@@ -107,9 +107,7 @@ def test_figures_of_the_report(tmp_path: Path) -> None:
     first, second, third = table.compare(rows)
     assert first.differences == {
         "tokens": pytest.approx(1.75 - 2.0),
-        "compute": pytest.approx(
-            1.75 - (2.0 + 1.6) / 2
-        ),  # 2000 tokens: half way from 1000 to 4000, of one seed
+        "compute": pytest.approx(1.75 - (2.0 + 1.6) / 2),  # 2000 tokens: half way from 1000 to 4000, of one seed
         "time on clock": pytest.approx(1.75 - 1.6),  # 40 seconds, where the plain model had its 4000 tokens
         "time on sundial": None,
     }
