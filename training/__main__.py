@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,7 @@ from training.data.opening import learn_tokenizer, open_corpus
 from training.distributed import RankError, Ranks, is_launched, is_loss_of_rank, joined, local_device
 from training.finish import finish
 from training.options import DEFAULT_PRESET, changed, changes_of, check_together, command_of, configured, make_parser
+from training.processes import exclusively
 from training.run_folder import check_is_new, load_run_config, load_run_tokenizer, write_settings
 from training.sinks import Sink, TensorBoard, Wandb, require
 from training.state import CHECKPOINT_FOLDER, COMMAND_FILE, Which
@@ -60,18 +61,28 @@ def _train(options: argparse.Namespace) -> int:
     device = local_device(device_of(options.device))
     check_together(options)
     _check_packages(options)
-    with joined(device) as ranks:
-        trainer = (_resumed if options.resume is not None else _created)(options, device, ranks)
-        if ranks.is_first:
-            print(_summary(trainer), file=sys.stderr)
-        finished = options.finish or _run(trainer, options)
-    if not finished:
-        return EXIT_INTERRUPTED
-    if not ranks.is_first:
-        return 0
-    if options.fsdp:  # a checkpoint is made of the whole model, which no rank had
-        trainer = Trainer.resume(trainer.run_folder, trainer.corpus, device)
-    return _finish(trainer, options.out or trainer.run_folder / CHECKPOINT_FOLDER)
+    with ExitStack() as held:  # until the checkpoint is written
+        with joined(device) as ranks:
+            ranks.on_first(lambda: held.enter_context(exclusively(_folder(options))))
+            trainer = (_resumed if options.resume is not None else _created)(options, device, ranks)
+            if ranks.is_first:
+                print(_summary(trainer), file=sys.stderr)
+            finished = options.finish or _run(trainer, options)
+        if not finished:
+            return EXIT_INTERRUPTED
+        if not ranks.is_first:
+            return 0
+        if options.fsdp:  # a checkpoint is made of the whole model, which no rank had
+            trainer = Trainer.resume(trainer.run_folder, trainer.corpus, device)
+        return _finish(trainer, options.out or trainer.run_folder / CHECKPOINT_FOLDER)
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    """The run's; CheckpointError where one to go on with is none."""
+    if options.resume is None:
+        return Path(options.run or Path("runs") / (options.preset or DEFAULT_PRESET))
+    load_run_config(options.resume)
+    return Path(options.resume)
 
 
 def _check_packages(options: argparse.Namespace) -> None:
@@ -119,7 +130,7 @@ def _summary(trainer: Trainer) -> str:
 
 
 def _created(options: argparse.Namespace, device: torch.device, ranks: Ranks) -> Trainer:
-    run = options.run or Path("runs") / (options.preset or DEFAULT_PRESET)
+    run = _folder(options)
     corpus = ranks.on_first(lambda: _begin(options, run))
     config = load_run_config(run)
     tokenizer = load_run_tokenizer(run)

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -46,6 +45,7 @@ from training.data.shards import (
     mask_name,
     shard_name,
 )
+from training.processes import end_with_parent
 
 SHARD_BYTES = 1 << 27
 """Of a shard's ids; the document that reaches it is the last of its shard."""
@@ -320,14 +320,7 @@ def _begin(encoder: Encoder) -> None:
     """In a process that helps: keep the encoder, and end with the one that started it, however that ends."""
     global _encoder
     _encoder = encoder.encode
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _encode(batch: list[Document]) -> Batch:
