@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    device = local_device(device_of(options.device))
+    device = local_device(device_of(_device_name(options)))
     check_together(options)
     _check_packages(options)
     with ExitStack() as held:  # until the checkpoint is written
@@ -73,8 +73,15 @@ def _train(options: argparse.Namespace) -> int:
         if not ranks.is_first:
             return 0
         if options.fsdp:  # a checkpoint is made of the whole model, which no rank had
-            trainer = Trainer.resume(trainer.run_folder, trainer.corpus, device)
+            trainer = Trainer.resume(trainer.run_folder, trainer.corpus, torch.device("cpu"), to_finish=True)
         return _finish(trainer, options.out or trainer.run_folder / CHECKPOINT_FOLDER)
+
+
+def _device_name(options: argparse.Namespace) -> str:
+    """Where to train; a checkpoint is written on the CPU: what was trained in parts need not fit on one device."""
+    if options.device is not None:
+        return str(options.device)
+    return "cuda" if torch.cuda.is_available() and not options.finish else "cpu"
 
 
 def _folder(options: argparse.Namespace) -> Path:
@@ -170,6 +177,7 @@ def _resumed(options: argparse.Namespace, device: torch.device, ranks: Ranks) ->
         which=which,
         accumulate=options.accumulate,
         config=config,
+        to_finish=options.finish,
     )
     if not ranks.is_first:
         return trainer

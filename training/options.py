@@ -9,8 +9,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from lrt_core.checkpoint import load_config
 from training.config import PRESETS, PYTHON_LIBRARY, PYTHON_SOURCES, Precision, TrainingConfig
 from training.data.documents import TEXT_SUFFIXES
@@ -49,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="with --finish: which state, best by validation BPB (default: last)",
     )
     parser.add_argument("--out", type=Path, help="where the checkpoint goes (default: RUN/checkpoint)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    parser.add_argument("--device", help="(default: cuda where there is one, but cpu with --finish)")
     parser.add_argument("--fsdp", action="store_true", help="with torchrun: each process holds a part of the model")
     parser.add_argument(
         "--accumulate", type=int, metavar="N", help="compute a step's rows in N parts: less memory, same losses"

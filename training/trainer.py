@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,8 +98,6 @@ class Trainer:
             shard(self.model, ranks, self.device)
         else:
             self.model.to(self.device)
-        muon_dtype = torch.bfloat16 if uses_bfloat16(config.precision, self.device) else torch.float32
-        self.optimizer = Optimizer(self.model, config.optimizer, muon_dtype)
         self.guard = Guard(config.guard, config.optimizer.clip_norm)
         self.packer = Packer(corpus.train, tokenizer, config.model.sequence_len, config.batch_size, config.seed)
         rows = evaluation_rows(corpus.validation, tokenizer, config.model.sequence_len, config.eval_rows)
@@ -108,6 +107,14 @@ class Trainer:
         self.stop_requested = False
         self.damaged_states: list[str] = []
         self._saved_step, self._evaluation = -1, (-1, math.inf)
+
+    @cached_property
+    def optimizer(self) -> Optimizer:
+        """Made when it is needed: what only finishes a run does without, and so without its memory."""
+        if self._model_alone:
+            raise TrainingError(f"{self.run_folder}: was loaded to be finished, without its optimizer, and cannot train on")
+        muon_dtype = torch.bfloat16 if uses_bfloat16(self.config.precision, self.device) else torch.float32
+        return Optimizer(self.model, self.config.optimizer, muon_dtype)
 
     @classmethod
     def create(
@@ -135,31 +142,36 @@ class Trainer:
         which: Which = "last",
         accumulate: int | None = None,
         config: TrainingConfig | None = None,
+        to_finish: bool = False,
     ) -> Trainer:
         """The run as it was saved last, or best; on other ranks, sharded or not, and in other parts than before as it comes.
 
-        config: the run's own with other learning rates or guards, which the run keeps from here on. Damaged states are passed
-        over and named in `damaged_states`; StateError or CheckpointError when nothing is left.
+        config: the run's own with other learning rates or guards, which the run keeps from here on. to_finish: load the model
+        alone, for `finish`; it cannot train on. Damaged states are passed over and named in `damaged_states`; StateError or
+        CheckpointError when nothing is left.
         """
         stored = load_run_config(run)
         kept = config or stored
         parts = replace(kept, accumulate=accumulate or kept.accumulate)
         trainer = cls(parts, run, corpus, load_run_tokenizer(run), device, ranks=ranks, sharded=sharded)
-        trainer._restore(which)
+        trainer._restore(which, to_finish)
         if kept != stored:
             ranks.on_first(lambda: write_json(run / CONFIG_FILE, kept.to_dict()))
         return trainer
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self, model_alone: bool = False) -> dict[str, Tensor]:
         """Everything that a state holds beside plain data; the model's and the optimizer's are the live ones."""
+        model = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if model_alone:
+            return model
         return {
-            **{f"model.{name}": tensor for name, tensor in self.model.state_dict().items()},
+            **model,
             **{f"optimizer.{name}": tensor for name, tensor in self.optimizer.tensors().items()},
             "rng": torch.get_rng_state(),
         }
 
-    def _restore(self, which: Which) -> None:
-        tensors = self._tensors()
+    def _restore(self, which: Which, model_alone: bool) -> None:
+        tensors = self._tensors(model_alone)
         state, self.damaged_states = load_state(self.run_folder, tensors, self.ranks, which)
         self.num_steps_done, self.elapsed, self._saved_step = state.step, state.elapsed, state.step
         self.guard.load_state_dict(state.guard)
@@ -169,8 +181,11 @@ class Trainer:
         self.packer.position = Position(position.epoch + 1) if self.data_changed else position
         if self.data_changed:
             self.guard.forget()
-        torch.set_rng_state(tensors["rng"])
+        self._model_alone = model_alone
+        if not model_alone:
+            torch.set_rng_state(tensors["rng"])
 
+    _model_alone = False
     data_changed = False
     """Whether the corpus differs from the one the run was saved with: it goes on, but not as it would have."""
 

@@ -13,7 +13,8 @@ import pytest
 from lrt_core.checkpoint import load_config, load_model, load_tokenizer
 from lrt_core.generate import read
 from training.__main__ import main
-from training.trainer import StepResult, Trainer
+from training.finish import finish
+from training.trainer import StepResult, Trainer, TrainingError
 
 
 def train(data: Path, *arguments: str) -> int:
@@ -84,6 +85,24 @@ def test_finish_writes_the_saved_state_without_training_on(data: Path, tmp_path:
     log = (run / "log.jsonl").read_text()
     assert main(["--resume", str(run), "--finish", "--out", str(tmp_path / "again")]) == 0
     assert (run / "log.jsonl").read_text() == log
+    first, second = (folder / "model.safetensors" for folder in (run / "checkpoint", tmp_path / "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_finishing_needs_neither_a_device_nor_the_optimizer(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    assert train(data, "--run", str(run), "--steps", "1") == 0
+    finished = []
+    monkeypatch.setattr("training.trainer.Optimizer", None)
+    monkeypatch.setattr("training.__main__.finish", lambda trainer, out: finished.append(trainer) or finish(trainer, out))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert main(["--resume", str(run), "--finish", "--out", str(tmp_path / "again")]) == 0
+    (trainer,) = finished
+    assert trainer.device.type == "cpu"
+    with pytest.raises(TrainingError, match="cannot train on"):
+        trainer.step()
     first, second = (folder / "model.safetensors" for folder in (run / "checkpoint", tmp_path / "again"))
     assert first.read_bytes() == second.read_bytes()
 

@@ -1,4 +1,4 @@
-"""Folders have one worker at a time, whose lock goes with it; helpers end with the process that started them, killed as it is."""
+"""Folders have one worker at a time, whose lock goes with it; helpers end with the process that started them."""
 
 from __future__ import annotations
 
