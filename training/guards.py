@@ -132,6 +132,14 @@ class Guard:
         """Whether more steps were skipped of late than a run may skip."""
         return self.num_recently_skipped > self.config.max_skipped
 
+    def advice(self, step: int, reason: str, saved_step: int, smaller: str) -> str:
+        """What to say when the run gives up. saved_step: of the state saved last; smaller: what goes on at lower rates."""
+        return (
+            f"step {step}: {self.num_recently_skipped} of the last {self.config.skip_window} steps were skipped, this one "
+            f"because its {reason}; the state saved at step {saved_step} is left as it was. Go on from there with smaller "
+            f"learning rates: {smaller}; or, where the data is to blame, with a larger --max-skipped or with --skip-deviations 0"
+        )
+
     def forget(self) -> None:
         """Drop the levels and the recent skips, not their count: what comes next need not look like what was."""
         for history in (self._losses, self._norms, self._skips):

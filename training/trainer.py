@@ -307,6 +307,8 @@ class Trainer:
                 else:
                     self._report(progress, result)
                     self._periodic(progress)
+            if self.progress >= 1.0 and self.num_steps_done not in (self._saved_step, self._evaluation[0]):
+                self._validate(progress)  # a skipped step took the last of the time
             self.save()
             progress.log("stop", step=self.num_steps_done, elapsed=round(self.elapsed, 3), finished=self.progress >= 1.0)
         return self.progress >= 1.0
@@ -325,16 +327,8 @@ class Trainer:
         progress.say(f"step {step}: skipped: {result.skipped}")
         if self.guard.gives_up:
             progress.log("stop", step=self.num_steps_done, elapsed=round(self.elapsed, 3), finished=False, gave_up=True)
-            raise TrainingError(self._advice(step, result.skipped))
-
-    def _advice(self, step: int, reason: str) -> str:
-        skips = f"{self.guard.num_recently_skipped} of the last {self.config.guard.skip_window} steps were skipped"
-        return (
-            f"step {step}: {skips}, this one because its {reason}; the state saved at step {self._saved_step} is left as "
-            f"it was. Go on from there with smaller learning rates: lrt-train --resume {self.run_folder} --lr-scale "
-            f"{self.config.optimizer.lr_scale / 2:g}; or, where the data is to blame, with a larger --max-skipped or with "
-            "--skip-deviations 0"
-        )
+            smaller = f"lrt-train --resume {self.run_folder} --lr-scale {self.config.optimizer.lr_scale / 2:g}"
+            raise TrainingError(self.guard.advice(step, result.skipped, self._saved_step, smaller))
 
     def _report(self, progress: Progress | Silent, result: StepResult) -> None:
         speed, skipped = self.num_tokens_done / self.elapsed, self.guard.num_skipped
@@ -357,14 +351,20 @@ class Trainer:
     def _periodic(self, progress: Progress | Silent) -> None:
         started, is_best = time.monotonic(), False
         if self.num_steps_done % self.config.eval_every == 0:
-            result = self.evaluate()
-            progress.log("evaluation", **result)
-            progress.say(f"step {self.num_steps_done}: validation bpb {result['bpb']:.4f}")
-            self._evaluation = self.num_steps_done, result["bpb"]
-            is_best = self.config.keep_best and self.ranks.first(result["bpb"] < best_bpb(self.run_folder))
-        self.elapsed += time.monotonic() - started
+            is_best = self._validate(progress)
+            self.elapsed += time.monotonic() - started
+        elif self.ranks.first(self.progress >= 1.0):  # the end can be the best, too; it takes none of the training's time
+            is_best = self._validate(progress)
         if self.num_steps_done % self.config.save_every == 0 or is_best:
             self.save()
+
+    def _validate(self, progress: Progress | Silent) -> bool:
+        """Evaluate, and log it; whether the state is to be kept as the best so far."""
+        result = self.evaluate()
+        progress.log("evaluation", **result)
+        progress.say(f"step {self.num_steps_done}: validation bpb {result['bpb']:.4f}")
+        self._evaluation = self.num_steps_done, result["bpb"]
+        return self.config.keep_best and self.ranks.first(result["bpb"] < best_bpb(self.run_folder))
 
 
 def _check_divisible(config: TrainingConfig, ranks: Ranks) -> None:
