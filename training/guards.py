@@ -137,7 +137,8 @@ class Guard:
         return (
             f"step {step}: {self.num_recently_skipped} of the last {self.config.skip_window} steps were skipped, this one "
             f"because its {reason}; the state saved at step {saved_step} is left as it was. Go on from there with smaller "
-            f"learning rates: {smaller}; or, where the data is to blame, with a larger --max-skipped or with --skip-deviations 0"
+            f"learning rates: {smaller}; or, where the data is to blame, with a larger --max-skipped or with "
+            "--skip-deviations 0"
         )
 
     def forget(self) -> None:
