@@ -166,11 +166,11 @@ def _begin(options: argparse.Namespace, run: Path) -> ShardedCorpus:
 
 def _resumed(options: argparse.Namespace, device: torch.device, ranks: Ranks) -> Trainer:
     config, tokenizer = changed(load_run_config(options.resume), options), load_run_tokenizer(options.resume)
-    corpus = ranks.on_first(lambda: _load(config, options.resume, tokenizer))
+    corpus = ranks.on_first(lambda: _load(config, options.resume, tokenizer, goes_on=True))
     which: Which = options.which or "last"
     trainer = Trainer.resume(
         options.resume,
-        corpus or _load(config, options.resume, tokenizer, quiet=True),
+        corpus or _load(config, options.resume, tokenizer, goes_on=True, quiet=True),
         device,
         ranks=ranks,
         sharded=options.fsdp,
@@ -194,9 +194,11 @@ def _resumed(options: argparse.Namespace, device: torch.device, ranks: Ranks) ->
     return trainer
 
 
-def _load(config: TrainingConfig, run: Path, tokenizer: Tokenizer, quiet: bool = False) -> ShardedCorpus:
+def _load(
+    config: TrainingConfig, run: Path, tokenizer: Tokenizer, *, goes_on: bool = False, quiet: bool = False
+) -> ShardedCorpus:
     """The corpus in shards; the first rank makes them where they lack, the others find them made and are quiet."""
-    corpus = open_corpus(config, run, tokenizer)
+    corpus = open_corpus(config, run, tokenizer, goes_on)
     for remark in () if quiet else corpus.remarks():
         print(f"lrt-train: {remark}", file=sys.stderr)
     return corpus

@@ -36,7 +36,8 @@ def _wait_for_parent() -> None:
 def exclusively(folder: Path) -> Iterator[None]:
     """Work on a folder, made if it is not there, that no other process works on; BusyError where one does.
 
-    The lock belongs to this process and goes with it, however it ends; the file that stays behind means nothing.
+    The lock belongs to this process and goes with it, however it ends; the file that stays behind means nothing. A folder in
+    which nothing else came to lie is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("a") as file:
@@ -44,4 +45,11 @@ def exclusively(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(f"{folder}: another process is training here") from None
-        yield
+        if os.fstat(file.fileno()).st_nlink == 0:
+            raise BusyError(f"{folder}: another process has just removed it; start again")
+        try:
+            yield
+        finally:
+            if folder.exists() and [path.name for path in folder.iterdir()] == [LOCK_FILE]:
+                (folder / LOCK_FILE).unlink()
+                folder.rmdir()

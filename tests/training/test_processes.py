@@ -56,7 +56,10 @@ def test_a_lock_goes_with_its_process(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         with exclusively(folder):
-            pass
+            (folder / "state").write_text("x")
+        with exclusively(folder):
+            (folder / "state").unlink()
+        assert not folder.exists(), "nothing is left where nothing was done"
 
 
 def test_commands_refuse_a_folder_in_use(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
