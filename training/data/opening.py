@@ -60,7 +60,7 @@ def _remember(run: Path, sets: list[ShardSet]) -> None:
 
 
 def _made_before(config: TrainingConfig, run: Path, root: Path, has_cuts: bool) -> list[Path]:
-    """The run's sets, [] if they are not there: those written down, or for a run that wrote none the only ones in its folder."""
+    """The run's sets, [] if they are not there: those written down, or where none are the only ones in its folder."""
     if (run / SETS_FILE).exists():
         folders = [root / name for name in read_json(run / SETS_FILE)["sets"]]
         return folders if all(folder.is_dir() for folder in folders) else []
