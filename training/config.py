@@ -161,25 +161,31 @@ class TrainingConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TrainingConfig:
-        """The inverse of `to_dict`; an unknown or missing key is a TrainingConfigError that names it."""
-        _check_keys(cls, "run", data)
-        _check_keys(OptimizerConfig, "optimizer", data["optimizer"])
-        _check_keys(GuardConfig, "guard", data["guard"])
-        values = dict(data)
+        """The inverse of `to_dict`; an unknown or missing key is a TrainingConfigError that names it.
+
+        Keys that there were not from the beginning may be missing: see `_LATER`.
+        """
+        values = _complete(cls, "run", data)
         values["model"] = ModelConfig.from_dict(data["model"])
-        values["optimizer"] = OptimizerConfig(**data["optimizer"])
-        values["guard"] = GuardConfig(**data["guard"])
+        values["optimizer"] = OptimizerConfig(**_complete(OptimizerConfig, "optimizer", data["optimizer"]))
+        values["guard"] = GuardConfig(**_complete(GuardConfig, "guard", data["guard"]))
         values["data"] = tuple(data["data"])
         return cls(**values)
 
 
-def _check_keys(
+_LATER: dict[str, dict[str, Any]] = {"run": {}, "optimizer": {}, "guard": {"skip_factor": GuardConfig.skip_factor}}
+"""What a run that was stored before there were these settings goes on with."""
+
+
+def _complete(
     cls: type[TrainingConfig] | type[OptimizerConfig] | type[GuardConfig], owner: str, data: dict[str, Any]
-) -> None:
-    known = {one.name for one in fields(cls)}
-    unknown, missing = sorted(set(data) - known), sorted(known - set(data))
+) -> dict[str, Any]:
+    """The values of every field."""
+    known, values = {one.name for one in fields(cls)}, {**_LATER[owner], **data}
+    unknown, missing = sorted(set(values) - known), sorted(known - set(values))
     _require(not unknown, f"unknown {owner} setting(s): {', '.join(unknown)}")
     _require(not missing, f"missing {owner} setting(s): {', '.join(missing)}")
+    return values
 
 
 PRESETS = {
