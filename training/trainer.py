@@ -100,7 +100,8 @@ class Trainer:
             self.model.to(self.device)
         self.guard = Guard(config.guard, config.optimizer.clip_norm)
         self.packer = Packer(corpus.train, tokenizer, config.model.sequence_len, config.batch_size, config.seed)
-        rows = evaluation_rows(corpus.validation, tokenizer, config.model.sequence_len, config.eval_rows)
+        sizes = config.model.sequence_len, config.eval_rows
+        rows = evaluation_rows(corpus.validation, tokenizer, *sizes, fill=config.fill_eval_rows)
         self.eval_rows = rows.to(self.device)
         self.byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=self.device)
         self.num_steps_done, self.elapsed = 0, 0.0

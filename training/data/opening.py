@@ -40,6 +40,7 @@ def open_corpus(config: TrainingConfig, run: Path, tokenizer: Tokenizer, goes_on
         config.validation_fraction,
         config.piece_characters,
         conversation_tokens=config.model.sequence_len + 1 if config.chat else None,
+        row_tokens=0 if config.chat else config.model.sequence_len,
     )
     recipes = [recipe, *([replace(recipe, cut_share=config.prompt_cuts)] if has_cuts else [])]
     sets = [open_shards(root, one) for one in recipes]

@@ -148,7 +148,7 @@ class ShardedDocuments:
 class ShardedCorpus:
     """A corpus on the disk, in the place of a `Corpus`; cuts as in ShardedDocuments. note: a remark on where it comes from."""
 
-    def __init__(self, shards: ShardSet, cuts: ShardSet | None = None, note: str = "") -> None:
+    def __init__(self, shards: ShardSet, cuts: ShardSet | None = None, *, note: str = "") -> None:
         self.shards, self.note = shards, note
         self.train = ShardedDocuments(shards, INDEX_FILES[0], cuts)
         self.validation = ShardedDocuments(shards, INDEX_FILES[1])

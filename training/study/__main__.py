@@ -72,7 +72,7 @@ def _run(plan: Plan, folder: Path, args: argparse.Namespace) -> None:
     corpus = open_corpus(plan.base, folder, tokenizer)
     for remark in corpus.remarks():
         print(f"{COMMAND}: {remark}", file=sys.stderr)
-    claim(folder, plan, corpus.fingerprint())
+    plan = claim(folder, plan, corpus.fingerprint())
     threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
     around = Surroundings(folder, corpus, tokenizer, args.device, threads, args.keep_checkpoints)
     runner = Runner(plan, around, args.jobs)
