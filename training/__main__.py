@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,7 @@ from training.data.opening import learn_tokenizer, open_corpus
 from training.distributed import RankError, Ranks, is_launched, is_loss_of_rank, joined, local_device
 from training.finish import finish
 from training.options import DEFAULT_PRESET, changed, changes_of, check_together, command_of, configured, make_parser
+from training.processes import exclusively
 from training.run_folder import check_is_new, load_run_config, load_run_tokenizer, write_settings
 from training.sinks import Sink, TensorBoard, Wandb, require
 from training.state import CHECKPOINT_FOLDER, COMMAND_FILE, Which
@@ -57,21 +58,38 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    device = local_device(device_of(options.device))
+    device = local_device(device_of(_device_name(options)))
     check_together(options)
     _check_packages(options)
-    with joined(device) as ranks:
-        trainer = (_resumed if options.resume is not None else _created)(options, device, ranks)
-        if ranks.is_first:
-            print(_summary(trainer), file=sys.stderr)
-        finished = options.finish or _run(trainer, options)
-    if not finished:
-        return EXIT_INTERRUPTED
-    if not ranks.is_first:
-        return 0
-    if options.fsdp:  # a checkpoint is made of the whole model, which no rank had
-        trainer = Trainer.resume(trainer.run_folder, trainer.corpus, device)
-    return _finish(trainer, options.out or trainer.run_folder / CHECKPOINT_FOLDER)
+    with ExitStack() as held:  # until the checkpoint is written
+        with joined(device) as ranks:
+            ranks.on_first(lambda: held.enter_context(exclusively(_folder(options))))
+            trainer = (_resumed if options.resume is not None else _created)(options, device, ranks)
+            if ranks.is_first:
+                print(_summary(trainer), file=sys.stderr)
+            finished = options.finish or _run(trainer, options)
+        if not finished:
+            return EXIT_INTERRUPTED
+        if not ranks.is_first:
+            return 0
+        if options.fsdp:  # a checkpoint is made of the whole model, which no rank had
+            trainer = Trainer.resume(trainer.run_folder, trainer.corpus, torch.device("cpu"), to_finish=True)
+        return _finish(trainer, options.out or trainer.run_folder / CHECKPOINT_FOLDER)
+
+
+def _device_name(options: argparse.Namespace) -> str:
+    """Where to train; a checkpoint is written on the CPU: what was trained in parts need not fit on one device."""
+    if options.device is not None:
+        return str(options.device)
+    return "cuda" if torch.cuda.is_available() and not options.finish else "cpu"
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    """The run's; CheckpointError where one to go on with is none."""
+    if options.resume is None:
+        return Path(options.run or Path("runs") / (options.preset or DEFAULT_PRESET))
+    load_run_config(options.resume)
+    return Path(options.resume)
 
 
 def _check_packages(options: argparse.Namespace) -> None:
@@ -119,7 +137,7 @@ def _summary(trainer: Trainer) -> str:
 
 
 def _created(options: argparse.Namespace, device: torch.device, ranks: Ranks) -> Trainer:
-    run = options.run or Path("runs") / (options.preset or DEFAULT_PRESET)
+    run = _folder(options)
     corpus = ranks.on_first(lambda: _begin(options, run))
     config = load_run_config(run)
     tokenizer = load_run_tokenizer(run)
@@ -148,17 +166,18 @@ def _begin(options: argparse.Namespace, run: Path) -> ShardedCorpus:
 
 def _resumed(options: argparse.Namespace, device: torch.device, ranks: Ranks) -> Trainer:
     config, tokenizer = changed(load_run_config(options.resume), options), load_run_tokenizer(options.resume)
-    corpus = ranks.on_first(lambda: _load(config, options.resume, tokenizer))
+    corpus = ranks.on_first(lambda: _load(config, options.resume, tokenizer, goes_on=True))
     which: Which = options.which or "last"
     trainer = Trainer.resume(
         options.resume,
-        corpus or _load(config, options.resume, tokenizer, quiet=True),
+        corpus or _load(config, options.resume, tokenizer, goes_on=True, quiet=True),
         device,
         ranks=ranks,
         sharded=options.fsdp,
         which=which,
         accumulate=options.accumulate,
         config=config,
+        to_finish=options.finish,
     )
     if not ranks.is_first:
         return trainer
@@ -175,9 +194,11 @@ def _resumed(options: argparse.Namespace, device: torch.device, ranks: Ranks) ->
     return trainer
 
 
-def _load(config: TrainingConfig, run: Path, tokenizer: Tokenizer, quiet: bool = False) -> ShardedCorpus:
+def _load(
+    config: TrainingConfig, run: Path, tokenizer: Tokenizer, *, goes_on: bool = False, quiet: bool = False
+) -> ShardedCorpus:
     """The corpus in shards; the first rank makes them where they lack, the others find them made and are quiet."""
-    corpus = open_corpus(config, run, tokenizer)
+    corpus = open_corpus(config, run, tokenizer, goes_on)
     for remark in () if quiet else corpus.remarks():
         print(f"lrt-train: {remark}", file=sys.stderr)
     return corpus

@@ -82,7 +82,8 @@ class TrainingConfig:
     prompt_cuts: during the warmdown, the share of likely prompt ends at which text is cut (`packing.encode_with_cuts`).
     compile: torch.compile of what a layer does beside attention. recompute: activation checkpointing: less memory, more time.
     batch_size: rows of `model.sequence_len` tokens per step; accumulate: in so many parts, one after the other, on each rank.
-    eval_rows: rows of each evaluation. *_every: in steps. keep_last, keep_best: which saved states stay (`state.py`).
+    eval_rows: rows of each evaluation; fill_eval_rows: with short documents where long ones give too few. *_every: in steps.
+    keep_last, keep_best: which saved states stay (`state.py`).
     guard: which steps are skipped, see `guards.py`.
     """
 
@@ -102,6 +103,7 @@ class TrainingConfig:
     prompt_cuts: float = 0.05
     eval_every: int = 250
     eval_rows: int = 64
+    fill_eval_rows: bool = True
     save_every: int = 250
     keep_last: int = 2
     keep_best: bool = False
@@ -125,7 +127,7 @@ class TrainingConfig:
             self.batch_size % self.accumulate == 0,
             f"accumulate: a batch of {self.batch_size} rows cannot be cut into {self.accumulate} equal parts",
         )
-        for name in ("chat", "compile", "recompute", "keep_best"):
+        for name in ("chat", "compile", "recompute", "keep_best", "fill_eval_rows"):
             _require(type(getattr(self, name)) is bool, f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("warmup", "warmdown", "prompt_cuts"):
             _require(0 <= getattr(self, name) <= 1, f"{name} is a fraction, got {getattr(self, name)!r}")
@@ -161,25 +163,40 @@ class TrainingConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TrainingConfig:
-        """The inverse of `to_dict`; an unknown or missing key is a TrainingConfigError that names it."""
-        _check_keys(cls, "run", data)
-        _check_keys(OptimizerConfig, "optimizer", data["optimizer"])
-        _check_keys(GuardConfig, "guard", data["guard"])
-        values = dict(data)
+        """The inverse of `to_dict`; an unknown or missing key is a TrainingConfigError that names it.
+
+        Keys that there were not from the beginning may be missing: see `_LATER`.
+        """
+        values = _complete(cls, "run", data)
         values["model"] = ModelConfig.from_dict(data["model"])
-        values["optimizer"] = OptimizerConfig(**data["optimizer"])
-        values["guard"] = GuardConfig(**data["guard"])
+        values["optimizer"] = OptimizerConfig(**_complete(OptimizerConfig, "optimizer", data["optimizer"]))
+        values["guard"] = GuardConfig(**_complete(GuardConfig, "guard", data["guard"]))
         values["data"] = tuple(data["data"])
         return cls(**values)
 
 
-def _check_keys(
+_LATER: dict[str, dict[str, Any]] = {
+    "run": {"fill_eval_rows": False},
+    "optimizer": {},
+    "guard": {"skip_factor": GuardConfig.skip_factor},
+}
+"""What a run that was stored before there were these settings goes on with."""
+
+
+def completed(data: dict[str, Any]) -> dict[str, Any]:
+    """Stored settings, together with those that came later."""
+    return {**_LATER["run"], **data, "guard": {**_LATER["guard"], **data.get("guard", {})}}
+
+
+def _complete(
     cls: type[TrainingConfig] | type[OptimizerConfig] | type[GuardConfig], owner: str, data: dict[str, Any]
-) -> None:
-    known = {one.name for one in fields(cls)}
-    unknown, missing = sorted(set(data) - known), sorted(known - set(data))
+) -> dict[str, Any]:
+    """The values of every field."""
+    known, values = {one.name for one in fields(cls)}, {**_LATER[owner], **data}
+    unknown, missing = sorted(set(values) - known), sorted(known - set(values))
     _require(not unknown, f"unknown {owner} setting(s): {', '.join(unknown)}")
     _require(not missing, f"missing {owner} setting(s): {', '.join(missing)}")
+    return values
 
 
 PRESETS = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from training.config import PYTHON_LIBRARY, PYTHON_SOURCES, TrainingConfig
 from training.evaluate import ParallelBpb
 from training.schedules.registry import entry
@@ -58,7 +60,7 @@ def _architecture(config: TrainingConfig) -> str:
 
 
 def _data(config: TrainingConfig, num_documents: int, num_characters: int) -> str:
-    sources = ", ".join(f"`{source}`" for source in config.data)
+    sources = ", ".join(f"`{Path(source).name}`" for source in config.data)
     kind = "conversations" if config.chat else "training pieces"
     summary = f"{sources}: {num_documents:,} {kind}, {num_characters / 1e6:.1f} million characters."
     if config.chat:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
-
-import torch
 
 from lrt_core.checkpoint import load_config
 from training.config import PRESETS, PYTHON_LIBRARY, PYTHON_SOURCES, Precision, TrainingConfig
@@ -49,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="with --finish: which state, best by validation BPB (default: last)",
     )
     parser.add_argument("--out", type=Path, help="where the checkpoint goes (default: RUN/checkpoint)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    parser.add_argument("--device", help="(default: cuda where there is one, but cpu with --finish)")
     parser.add_argument("--fsdp", action="store_true", help="with torchrun: each process holds a part of the model")
     parser.add_argument(
         "--accumulate", type=int, metavar="N", help="compute a step's rows in N parts: less memory, same losses"
@@ -105,7 +104,6 @@ def _add_data_flags(settings: argparse._ArgumentGroup) -> None:
 
 
 _OWN_SETTINGS = (
-    "data",
     "chat",
     "schedule",
     "num_steps",
@@ -120,7 +118,7 @@ _OWN_SETTINGS = (
 )
 _KEEPING = ("save_every", "keep_last", "keep_best", "eval_every", "log_every")
 """Settings that change nothing in what is trained."""
-_FIXED_SETTINGS = (*_OWN_SETTINGS[:3], *option_names(), *RECURRENCE_SETTINGS, *_OWN_SETTINGS[3:])
+_FIXED_SETTINGS = (*_OWN_SETTINGS[:2], *option_names(), *RECURRENCE_SETTINGS, *_OWN_SETTINGS[2:])
 """Those that hold for a whole run; those of the schedules' options follow the schedule's own."""
 _GUARD_SETTINGS = tuple(one.name for one in fields(GuardConfig))
 _CHANGING_SETTINGS = ("lr_scale", *_GUARD_SETTINGS)
@@ -137,7 +135,9 @@ def check_together(options: argparse.Namespace) -> None:
         raise ValueError(f"--from {options.which} needs --finish")
     if options.fsdp and not is_launched():
         raise ValueError("--fsdp needs several processes: torchrun --nproc-per-node N -m training --fsdp ...")
-    given = [name for name in ("init_from", "shards", *_FIXED_SETTINGS, *_KEEPING) if getattr(options, name) is not None]
+    given = [
+        name for name in ("init_from", "data", "shards", *_FIXED_SETTINGS, *_KEEPING) if getattr(options, name) is not None
+    ]
     if options.resume is not None and given:
         raise ValueError(f"--resume goes on with the run's own settings; --{given[0].replace('_', '-')} cannot be given")
 
@@ -149,6 +149,8 @@ def command_of(options: argparse.Namespace) -> str:
         words += ["--preset", options.preset or DEFAULT_PRESET]
     if options.init_from is not None:
         words += ["--init-from", options.init_from.name]
+    for source in options.data or ():
+        words += ["--data", Path(_absolute(source)).name]
     return shlex.join([*words, *_given_words(options, (*_FIXED_SETTINGS, *_CHANGING_SETTINGS))])
 
 
@@ -183,10 +185,10 @@ def configured(config: TrainingConfig, options: argparse.Namespace) -> TrainingC
 
     With --init-from the architecture is the checkpoint's, unless a preset is asked for: then the two must fit.
     """
-    names = (*_OWN_SETTINGS, *_KEEPING, "accumulate")
+    names = ("data", *_OWN_SETTINGS, *_KEEPING, "accumulate")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if "data" in given:
-        given["data"] = tuple(given["data"])
+        given["data"] = tuple(map(_absolute, given["data"]))
     source = None if options.init_from is None else load_config(options.init_from)
     if source is not None and source.recurrence is None and options.preset is None:
         given.setdefault("schedule", "baseline")
@@ -203,6 +205,11 @@ def configured(config: TrainingConfig, options: argparse.Namespace) -> TrainingC
     return changed(replace(config, model=model, schedule_options=of_schedule, **_of_data(config, options), **given), options)
 
 
+def _absolute(source: str) -> str:
+    """A source or folder for the run's settings, which hold wherever the run goes on from."""
+    return source if source in (PYTHON_SOURCES, PYTHON_LIBRARY) else os.path.abspath(source)
+
+
 def changed(config: TrainingConfig, options: argparse.Namespace) -> TrainingConfig:
     """The configuration with the learning rates' factor and the guard's settings that were given."""
     guard = {name: getattr(options, name) for name in _GUARD_SETTINGS if getattr(options, name) is not None}
@@ -215,4 +222,5 @@ def _of_data(config: TrainingConfig, options: argparse.Namespace) -> dict[str, A
     if options.chat and (options.init_from is None or options.data is None):
         raise ValueError("--chat goes on from a checkpoint with conversations: it needs --init-from and --data")
     of_chat = {"optimizer": config.optimizer.scaled(CHAT_LR_SCALE), "prompt_cuts": 0.0}
-    return {"shards": options.shards, **(of_chat if options.chat else {})}
+    shards = None if options.shards is None else _absolute(options.shards)
+    return {"shards": shards, **(of_chat if options.chat else {})}

@@ -134,13 +134,13 @@ def split_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def evaluation_rows(
-    documents: Sequence[Document] | TokenSource, tokenizer: Tokenizer, sequence_len: int, num_rows: int
+    documents: Sequence[Document] | TokenSource, tokenizer: Tokenizer, sequence_len: int, num_rows: int, fill: bool = True
 ) -> Tensor:
     """At most num_rows rows [R, T + 1] for `split_rows`, spread over the documents and over the places within them.
 
     Each document in turn gives one row, the first document its first, the second its second, and so on around. Where no
-    document fills a row they are read one after the other; a conversation always has a row of its own. ValueError when there
-    is not one full row.
+    document fills a row they are read one after the other; fill: where they give too few rows the short ones are read so for
+    the rest. A conversation always has a row of its own. ValueError when there is not one full row.
     """
     source, bos = tokens_of(documents, tokenizer, 1), _bos(tokenizer)
     chosen = _spread(len(source), num_rows if source.keeps_whole else 2 * num_rows)
@@ -150,11 +150,16 @@ def evaluation_rows(
         rows = [np.append(ids, np.full(sequence_len + 1 - len(ids), ~bos)) for ids in found]
     elif found:
         rows = _in_turn([_full_rows(ids[1:], bos, sequence_len) for ids in found])
-        rows = rows or _full_rows(
-            _stream(source, sum(map(len, found)) / len(found), num_rows * sequence_len), bos, sequence_len
-        )
+        if not rows:
+            ids = _stream(source, sum(map(len, found)) / len(found), num_rows * sequence_len)
+            rows = _full_rows(ids, bos, sequence_len)
+        elif fill and len(rows) < num_rows and (short := sum(len(ids) for ids in found if len(ids) <= sequence_len)):
+            # A few more, since how many short ones there are elsewhere is a guess.
+            wanted = (num_rows - len(rows)) * sequence_len * 5 // 4
+            rows += _full_rows(_stream(source, short / len(found), wanted, sequence_len), bos, sequence_len)
     if not rows:
-        raise ValueError(f"the validation documents do not fill a row of {sequence_len} tokens; give longer or more documents")
+        held = f"they hold {sum(map(len, found)):,}; give longer or more documents"
+        raise ValueError(f"the validation documents do not fill a row of {sequence_len} tokens: {held}")
     return torch.from_numpy(np.stack(rows[:num_rows]))
 
 
@@ -167,10 +172,14 @@ def _in_turn(cut: list[list[Ids]]) -> list[Ids]:
     ]
 
 
-def _stream(source: TokenSource, mean: float, num_tokens: int) -> Ids:
-    """About `num_tokens` ids, where there are so many, of documents that have `mean` on average; without the first's bos."""
+def _stream(source: TokenSource, mean: float, num_tokens: int, longest: int | None = None) -> Ids:
+    """About `num_tokens` ids, where there are so many, of documents that give `mean` on average; without the first's bos.
+
+    longest: documents of more ids give none.
+    """
     chosen = _spread(len(source), int(num_tokens / mean) + 2)
-    return np.concatenate([source.ids(index, 0.0) for index in chosen])[1:]
+    given = [index for index in chosen if longest is None or source.num_tokens(index, 0.0) <= longest]
+    return np.concatenate([np.empty(0, np.int64), *(source.ids(index, 0.0) for index in given)])[1:]
 
 
 def _full_rows(ids: Ids, bos_id: int, sequence_len: int) -> list[Ids]:

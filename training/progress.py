@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from training.sinks import Sink
 
+_BLOCK_BYTES = 1 << 16
 _GROUPS = {"step": "train", "evaluation": "validation"}
 """Events whose numbers are figures for the sinks, and the group that they stand in there."""
 
@@ -24,11 +26,13 @@ _GROUPS = {"step": "train", "evaluation": "validation"}
 class Progress:
     """Bar, log and sinks of one run that begins or goes on at `step`; use as a context manager.
 
-    The bar appears on a terminal only. A sink that fails is named once and gets nothing more; the run goes on.
+    The bar appears on a terminal only. A sink that fails is named once and gets nothing more; the run goes on. OSError names
+    the log where it cannot be written. A last line that a crash or a full disk cut off is removed at the start.
     """
 
     def __init__(self, log: Path, sinks: Sequence[Sink] = (), step: int = 0) -> None:
-        self._log = log.open("a", encoding="utf-8")
+        _remove_torn_line(log)
+        self._path, self._log = log, log.open("ab", buffering=0)  # nothing is left to be written when it is closed
         self._bar: tqdm[Any] = tqdm(
             total=100.0, disable=None, file=sys.stderr, bar_format="{percentage:5.1f}%|{bar:30}|{postfix}", leave=True
         )
@@ -46,13 +50,17 @@ class Progress:
         self._log.close()
 
     def log(self, event: str, **values: Any) -> None:
-        """Append one line and flush it, so that the file can be followed; numbers that are not finite are null there.
+        """Append one line at once, so that the file can be followed; numbers that are not finite are null there.
 
         The numbers of steps and evaluations go to the sinks as well, as of their `step`.
         """
         line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
-        self._log.write(json.dumps({"event": event, **line}, allow_nan=False) + "\n")
-        self._log.flush()
+        data = (json.dumps({"event": event, **line}, allow_nan=False) + "\n").encode()
+        try:
+            while data:
+                data = data[self._log.write(data) :]
+        except OSError as error:
+            raise OSError(f"{self._path}: cannot be written: {error.strerror}") from None
         if event in _GROUPS and self._sinks:
             step, figures = values["step"], _figures(_GROUPS[event], values)
             for sink in list(self._sinks):
@@ -88,6 +96,23 @@ class Progress:
     def say(self, text: str) -> None:
         """A line for the reader, above the bar."""
         tqdm.write(text, file=sys.stderr)
+
+
+def _remove_torn_line(log: Path) -> None:
+    if not log.is_file():
+        return
+    with log.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - _BLOCK_BYTES)
+            file.seek(start)
+            if (found := file.read(end - start).rfind(b"\n")) >= 0:
+                start += found + 1
+                break
+            end = start
+        else:
+            start = 0
+        file.truncate(start)
 
 
 def _figures(group: str, values: dict[str, Any]) -> dict[str, float]:

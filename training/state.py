@@ -2,6 +2,7 @@
 
 Layout of a run's folder:
     config.json      its TrainingConfig
+    shards.json      which sets of tokenised data are its own; they lie in shards/, or where --shards says
     command.txt      the command that started it, for the model card
     tokenizer/       the tokenizer's two files
     states/          one folder per saved step: state.json, which also knows the other files' checksums, and tensors

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,17 +98,24 @@ class Trainer:
             shard(self.model, ranks, self.device)
         else:
             self.model.to(self.device)
-        muon_dtype = torch.bfloat16 if uses_bfloat16(config.precision, self.device) else torch.float32
-        self.optimizer = Optimizer(self.model, config.optimizer, muon_dtype)
         self.guard = Guard(config.guard, config.optimizer.clip_norm)
         self.packer = Packer(corpus.train, tokenizer, config.model.sequence_len, config.batch_size, config.seed)
-        rows = evaluation_rows(corpus.validation, tokenizer, config.model.sequence_len, config.eval_rows)
+        sizes = config.model.sequence_len, config.eval_rows
+        rows = evaluation_rows(corpus.validation, tokenizer, *sizes, fill=config.fill_eval_rows)
         self.eval_rows = rows.to(self.device)
         self.byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=self.device)
         self.num_steps_done, self.elapsed = 0, 0.0
         self.stop_requested = False
         self.damaged_states: list[str] = []
         self._saved_step, self._evaluation = -1, (-1, math.inf)
+
+    @cached_property
+    def optimizer(self) -> Optimizer:
+        """Made when it is needed: what only finishes a run does without, and so without its memory."""
+        if self._model_alone:
+            raise TrainingError(f"{self.run_folder}: was loaded to be finished, without its optimizer, and cannot train on")
+        muon_dtype = torch.bfloat16 if uses_bfloat16(self.config.precision, self.device) else torch.float32
+        return Optimizer(self.model, self.config.optimizer, muon_dtype)
 
     @classmethod
     def create(
@@ -135,31 +143,36 @@ class Trainer:
         which: Which = "last",
         accumulate: int | None = None,
         config: TrainingConfig | None = None,
+        to_finish: bool = False,
     ) -> Trainer:
         """The run as it was saved last, or best; on other ranks, sharded or not, and in other parts than before as it comes.
 
-        config: the run's own with other learning rates or guards, which the run keeps from here on. Damaged states are passed
-        over and named in `damaged_states`; StateError or CheckpointError when nothing is left.
+        config: the run's own with other learning rates or guards, which the run keeps from here on. to_finish: load the model
+        alone, for `finish`; it cannot train on. Damaged states are passed over and named in `damaged_states`; StateError or
+        CheckpointError when nothing is left.
         """
         stored = load_run_config(run)
         kept = config or stored
         parts = replace(kept, accumulate=accumulate or kept.accumulate)
         trainer = cls(parts, run, corpus, load_run_tokenizer(run), device, ranks=ranks, sharded=sharded)
-        trainer._restore(which)
+        trainer._restore(which, to_finish)
         if kept != stored:
             ranks.on_first(lambda: write_json(run / CONFIG_FILE, kept.to_dict()))
         return trainer
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self, model_alone: bool = False) -> dict[str, Tensor]:
         """Everything that a state holds beside plain data; the model's and the optimizer's are the live ones."""
+        model = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if model_alone:
+            return model
         return {
-            **{f"model.{name}": tensor for name, tensor in self.model.state_dict().items()},
+            **model,
             **{f"optimizer.{name}": tensor for name, tensor in self.optimizer.tensors().items()},
             "rng": torch.get_rng_state(),
         }
 
-    def _restore(self, which: Which) -> None:
-        tensors = self._tensors()
+    def _restore(self, which: Which, model_alone: bool) -> None:
+        tensors = self._tensors(model_alone)
         state, self.damaged_states = load_state(self.run_folder, tensors, self.ranks, which)
         self.num_steps_done, self.elapsed, self._saved_step = state.step, state.elapsed, state.step
         self.guard.load_state_dict(state.guard)
@@ -169,8 +182,11 @@ class Trainer:
         self.packer.position = Position(position.epoch + 1) if self.data_changed else position
         if self.data_changed:
             self.guard.forget()
-        torch.set_rng_state(tensors["rng"])
+        self._model_alone = model_alone
+        if not model_alone:
+            torch.set_rng_state(tensors["rng"])
 
+    _model_alone = False
     data_changed = False
     """Whether the corpus differs from the one the run was saved with: it goes on, but not as it would have."""
 
@@ -292,6 +308,8 @@ class Trainer:
                 else:
                     self._report(progress, result)
                     self._periodic(progress)
+            if self.progress >= 1.0 and self.num_steps_done not in (self._saved_step, self._evaluation[0]):
+                self._validate(progress)  # a skipped step took the last of the time
             self.save()
             progress.log("stop", step=self.num_steps_done, elapsed=round(self.elapsed, 3), finished=self.progress >= 1.0)
         return self.progress >= 1.0
@@ -310,16 +328,8 @@ class Trainer:
         progress.say(f"step {step}: skipped: {result.skipped}")
         if self.guard.gives_up:
             progress.log("stop", step=self.num_steps_done, elapsed=round(self.elapsed, 3), finished=False, gave_up=True)
-            raise TrainingError(self._advice(step, result.skipped))
-
-    def _advice(self, step: int, reason: str) -> str:
-        skips = f"{self.guard.num_recently_skipped} of the last {self.config.guard.skip_window} steps were skipped"
-        return (
-            f"step {step}: {skips}, this one because its {reason}; the state saved at step {self._saved_step} is left as "
-            f"it was. Go on from there with smaller learning rates: lrt-train --resume {self.run_folder} --lr-scale "
-            f"{self.config.optimizer.lr_scale / 2:g}; or, where the data is to blame, with a larger --max-skipped or with "
-            "--skip-deviations 0"
-        )
+            smaller = f"lrt-train --resume {self.run_folder} --lr-scale {self.config.optimizer.lr_scale / 2:g}"
+            raise TrainingError(self.guard.advice(step, result.skipped, self._saved_step, smaller))
 
     def _report(self, progress: Progress | Silent, result: StepResult) -> None:
         speed, skipped = self.num_tokens_done / self.elapsed, self.guard.num_skipped
@@ -342,14 +352,20 @@ class Trainer:
     def _periodic(self, progress: Progress | Silent) -> None:
         started, is_best = time.monotonic(), False
         if self.num_steps_done % self.config.eval_every == 0:
-            result = self.evaluate()
-            progress.log("evaluation", **result)
-            progress.say(f"step {self.num_steps_done}: validation bpb {result['bpb']:.4f}")
-            self._evaluation = self.num_steps_done, result["bpb"]
-            is_best = self.config.keep_best and self.ranks.first(result["bpb"] < best_bpb(self.run_folder))
-        self.elapsed += time.monotonic() - started
+            is_best = self._validate(progress)
+            self.elapsed += time.monotonic() - started
+        elif self.ranks.first(self.progress >= 1.0):  # the end can be the best, too; it takes none of the training's time
+            is_best = self._validate(progress)
         if self.num_steps_done % self.config.save_every == 0 or is_best:
             self.save()
+
+    def _validate(self, progress: Progress | Silent) -> bool:
+        """Evaluate, and log it; whether the state is to be kept as the best so far."""
+        result = self.evaluate()
+        progress.log("evaluation", **result)
+        progress.say(f"step {self.num_steps_done}: validation bpb {result['bpb']:.4f}")
+        self._evaluation = self.num_steps_done, result["bpb"]
+        return self.config.keep_best and self.ranks.first(result["bpb"] < best_bpb(self.run_folder))
 
 
 def _check_divisible(config: TrainingConfig, ranks: Ranks) -> None:

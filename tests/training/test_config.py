@@ -83,6 +83,12 @@ def test_unknown_and_missing_keys_are_named(owner: str) -> None:
         TrainingConfig.from_dict(data)
 
 
+def test_a_stored_run_keeps_its_evaluation_rows() -> None:
+    data = tiny_run().to_dict()
+    del data["fill_eval_rows"]
+    assert TrainingConfig.from_dict(data) == replace(tiny_run(), fill_eval_rows=False)
+
+
 def test_schedules_are_bound_with_their_options() -> None:
     assert tiny_run(model={"recurrence": None}).make_schedule() is baseline
     schedule = tiny_run(num_subsets=3, kv_refresh=True).make_schedule()

@@ -200,6 +200,40 @@ def test_a_file_without_any_record_is_an_error(tmp_path: Path) -> None:
         load_corpus([str(path)], 0.3, 4096)
 
 
+def test_empty_files_among_others_are_counted_and_named(tmp_path: Path) -> None:
+    good = [json.dumps({"text": f"record {index}"}) for index in range(5)]
+    (tmp_path / "good.jsonl").write_text("\n".join(good))
+    (tmp_path / "a.jsonl").write_text("")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"\n \n"))
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "c.parquet")
+    parquet.write_table(pyarrow.table({"other": pyarrow.array([], pyarrow.null())}), tmp_path / "d.parquet")
+    (tmp_path / "e.txt").write_text("")
+    corpus = load_corpus([str(tmp_path)], 0.3, 4096)
+    assert len(corpus.train) + len(corpus.validation) == 5
+    assert corpus.skipped == [f"{tmp_path / name}: empty" for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.parquet")]
+    (tmp_path / "good.jsonl").write_text("")
+    with pytest.raises(DataError, match=rf"{tmp_path}: no text in 6 file\(s\), the first {tmp_path}/a\.jsonl"):
+        load_corpus([str(tmp_path)], 0.3, 4096)
+
+
+def test_a_byte_order_mark_costs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "first"}\n{"text": "\xef\xbb\xbfsecond"}\n')
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfthird")
+    corpus = load_corpus([str(tmp_path)], 0.3, 4096)
+    found = {document.text for document in corpus.train + corpus.validation}
+    assert found == {"first", "\ufeffsecond", "third"} and corpus.skipped == []
+
+
+def test_hidden_files_are_read_only_when_they_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / ".hidden"  # named itself, so what is hidden in there counts
+    for name in ("a.txt", "b/c.txt", ".d.txt", ".git/e.txt", "b/.f/g.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    assert [file.name for file in Sources.find([str(folder)]).files] == ["a.txt", "b/c.txt"]
+    named = Sources.find([str(folder / ".d.txt"), str(folder / ".git"), str(folder / "b")])
+    assert [file.name for file in named.files] == [".d.txt", "e.txt", "c.txt"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

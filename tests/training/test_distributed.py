@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lrt_core.checkpoint import load_model
 from tests.training.helpers import tiny_corpus, tiny_trainer
 from tests.training.two_ranks import CASES, SAVED_STEP, begin, losses
 from training.distributed import Ranks
@@ -85,6 +86,15 @@ def test_a_run_goes_on_with_another_number_of_ranks(folder: Path, case: str, way
     for number, results in resumed.items():
         for one, other in zip(whole, results, strict=True):
             assert other == pytest.approx(one, abs=TOLERANCE), number
+
+
+@pytest.mark.slow
+def test_a_sharded_run_writes_its_checkpoint(data: Path, tmp_path: Path) -> None:
+    run, settings = tmp_path / "run", ["--preset", "tiny", "--data", str(data), "--steps", "2", "--device", "cpu", "--fsdp"]
+    command = ["-m", "training", *settings, "--run-folder", str(run)]
+    for status, _, errors in ended(launch(command)):
+        assert status == 0, errors
+    assert load_model(run / "checkpoint").config.num_layers == 2
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:

@@ -44,9 +44,38 @@ def test_a_loss_explodes_by_deviations_and_nats() -> None:
     """The level is 2 ± 0.1: five deviations end at 2.5, one nat at 3."""
     assert accustomed().judge(2.99, 0.5) == ""
     assert accustomed().judge(3.01, 0.5) == "loss 3.01 explodes (2 ± 0.1 over 16 steps)"
-    wide = accustomed(replace(CONFIG, skip_deviations=20.0))
+    wide = accustomed(replace(CONFIG, skip_deviations=20.0, skip_factor=0.0))
     assert wide.judge(3.9, 0.5) == "" and wide.judge(4.1, 0.5)
     assert accustomed().judge(0.0, 0.5) == "", "a fall is no explosion"
+
+
+def test_a_slow_ascent_ends_although_every_level_rises_with_it() -> None:
+    """2 ± 0.1, then two percent a step: no step is far above those before it; above twice 2 and one nat they are skipped."""
+    guard, loss, skipped = accustomed(), 2.0, []
+    while not guard.gives_up and loss < 100:
+        loss *= 1.02
+        reason = guard.judge(loss, 0.5)
+        guard.record(loss, 0.5, bool(reason))
+        skipped += [(loss, reason)] * bool(reason)
+    assert [loss > 5 for loss, _ in skipped] == [True] * (CONFIG.max_skipped + 1)
+    assert loss < 5.5 and skipped[0][1] == "loss 5.073 explodes (its mean was 2 before)"
+    restored = Guard(CONFIG)
+    restored.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert restored.judge(loss, 0.5)
+    for changes in ({"skip_factor": 0.0}, {"skip_deviations": 0.0}, {"skip_factor": 3.0}):
+        other = Guard(replace(CONFIG, **changes))
+        other.load_state_dict(guard.state_dict())
+        assert other.judge(loss, 0.5) == ""
+    guard.forget()
+    assert guard.judge(loss, 0.5) == ""
+
+
+def test_a_state_of_before_there_was_a_lowest_mean_begins_with_its_history() -> None:
+    state = accustomed(replace(CONFIG, skip_deviations=1000.0)).state_dict()
+    del state["lowest"]
+    guard = Guard(replace(CONFIG, skip_deviations=1000.0))
+    guard.load_state_dict(state)
+    assert guard.judge(4.9, 0.5) == "" and guard.judge(5.1, 0.5)
 
 
 def test_a_norm_explodes_by_deviations_and_ratio() -> None:
@@ -109,6 +138,7 @@ def test_a_restored_guard_decides_alike() -> None:
         ("max_skipped", -1, "max_skipped must be an integer of at least 0"),
         ("max_skipped", 20, "max_skipped must lie below skip_window, which is 20, got 20"),
         ("skip_deviations", math.nan, "skip_deviations must be a number of at least 0"),
+        ("skip_factor", 0.5, "skip_factor must be 0 or at least 1, got 0.5"),
         ("skip_nats", "x", "skip_nats must be a number of at least 0"),
     ],
 )
@@ -234,6 +264,12 @@ def test_other_data_begins_a_new_level(tmp_path: Path) -> None:
     assert len(Trainer.resume(tmp_path, corpus).guard.state_dict()["losses"]) == 1
     corpus.train.append(Document("new.py", "import new\n"))
     assert Trainer.resume(tmp_path, corpus).guard.state_dict()["losses"] == []
+
+
+def test_a_run_of_before_the_factor_has_it_from_here_on() -> None:
+    data = tiny_run().to_dict()
+    del data["guard"]["skip_factor"]
+    assert TrainingConfig.from_dict(data) == tiny_run()
 
 
 def test_a_guard_in_a_configuration_is_checked() -> None:

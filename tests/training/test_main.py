@@ -13,7 +13,8 @@ import pytest
 from lrt_core.checkpoint import load_config, load_model, load_tokenizer
 from lrt_core.generate import read
 from training.__main__ import main
-from training.trainer import StepResult, Trainer
+from training.finish import finish
+from training.trainer import StepResult, Trainer, TrainingError
 
 
 def train(data: Path, *arguments: str) -> int:
@@ -27,7 +28,9 @@ def test_tiny_preset_makes_a_loadable_checkpoint(data: Path, tmp_path: Path, cap
     assert model.config.vocab_size == tokenizer.vocab_size <= 384
     assert read(model.float(), tokenizer.encode("def ")).logits.isfinite().all()
     assert "sequential bpb" in capsys.readouterr().out
-    assert "lrt-train --preset tiny --data" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "    lrt-train --preset tiny --data data --steps 6\n" in card and "`data`: " in card
+    assert str(tmp_path) not in card
 
 
 @pytest.mark.slow
@@ -86,6 +89,49 @@ def test_finish_writes_the_saved_state_without_training_on(data: Path, tmp_path:
     assert (run / "log.jsonl").read_text() == log
     first, second = (folder / "model.safetensors" for folder in (run / "checkpoint", tmp_path / "again"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_finishing_needs_neither_a_device_nor_the_optimizer(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    assert train(data, "--run", str(run), "--steps", "1") == 0
+    finished = []
+    monkeypatch.setattr("training.trainer.Optimizer", None)
+    monkeypatch.setattr("training.__main__.finish", lambda trainer, out: finished.append(trainer) or finish(trainer, out))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert main(["--resume", str(run), "--finish", "--out", str(tmp_path / "again")]) == 0
+    (trainer,) = finished
+    assert trainer.device.type == "cpu"
+    with pytest.raises(TrainingError, match="cannot train on"):
+        trainer.step()
+    first, second = (folder / "model.safetensors" for folder in (run / "checkpoint", tmp_path / "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("shards", [[], ["--shards", "shared"]])
+def test_a_run_goes_on_from_anywhere_and_without_its_files(
+    data: Path, tmp_path: Path, shards: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the very same rows: with shards beside it, or as it was before a run wrote down which are its own."""
+    run = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    assert main(["--preset", "tiny", "--data", "data", *shards, "--run", "run", "--steps", "2", "--warmdown", "0.5"]) == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert main(["--resume", str(run), "--finish", "--out", "one"]) == 0
+    assert main(["--preset", "tiny", "--data", str(tmp_path / "other"), "--run", str(run)]) == 1
+    data.rename(tmp_path / "gone")
+    capsys.readouterr()
+    assert main(["--resume", str(run), "--out", "two"]) == 0
+    assert f"{data}: no such file or folder; going on with what was made of it, " in (errors := capsys.readouterr().err)
+    assert "the data changed" not in errors
+    cards = [(elsewhere / name / "README.md").read_text() for name in ("one", "two")]
+    assert cards[0] == cards[1]
+    (run / "shards.json").unlink()
+    assert main(["--resume", str(run), "--finish", "--out", "three"]) == int(bool(shards))
+    assert main(["--preset", "tiny", "--init-from", "one", "--data", str(data), "--run", str(run)]) == 1
 
 
 def test_resuming_with_other_data_warns(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from random import Random
 
@@ -133,6 +134,26 @@ def test_evaluation_rows_take_what_there_is() -> None:
     assert evaluation_rows(documents, TOKENIZER, 4, 64).shape == (2, 5)
     with pytest.raises(ValueError, match="the validation documents do not fill a row of 14 tokens"):
         evaluation_rows(documents, TOKENIZER, 14, 64)
+
+
+def test_evaluation_rows_are_filled_with_short_documents() -> None:
+    """Every twentieth is long; their rows come first, as they always were, and then short ones, none of them twice."""
+    documents = [
+        Document(str(index), f"document {index:03} " * (3 if index % 20 else 20) + "and its end") for index in range(400)
+    ]
+    before = evaluation_rows(documents, TOKENIZER, 64, 64, fill=False)
+    rows = evaluation_rows(documents, TOKENIZER, 64, 64)
+    assert 0 < len(before) < 32
+    assert len(rows) == 64
+    assert torch.equal(rows[: len(before)], before)
+    texts = [TOKENIZER.decode(row) for row in rows.tolist()]
+    assert all(text.count("<|bos|>") > 1 for text in texts[len(before) :])
+    named = [set(re.findall(r"document (\d{3})", text)) for text in texts]
+    short = set().union(*named[len(before) :])
+    assert len(short) > 32 and all(int(name) % 20 for name in short)
+    assert len({text[7:] for text in texts}) == 64
+    filled, unfilled = (evaluation_rows(documents[::20], TOKENIZER, 64, 32, fill) for fill in (True, False))
+    assert len(filled) == 32 and torch.equal(filled, unfilled), "where long documents suffice nothing changes"
 
 
 def test_evaluation_rows_of_documents_shorter_than_a_row() -> None:

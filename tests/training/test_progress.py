@@ -60,6 +60,24 @@ def test_the_log_is_json_even_where_a_number_is_none(tmp_path: Path) -> None:
     assert json.loads(line) == {"event": "skipped", "loss": None, "grad_norm": None, "step": 1}
 
 
+@pytest.mark.parametrize("whole", ["", '{"event": "start"}\n', '{"event": "start"}\n{"event": "step"}\n'])
+@pytest.mark.parametrize("torn", ["", '{"event": "st', "x" * 200_000])
+def test_a_torn_last_line_is_removed(tmp_path: Path, whole: str, torn: str) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(whole + torn)
+    with Progress(path) as progress:
+        progress.log("start", step=3)
+    assert path.read_text() == whole + '{"event": "start", "step": 3}\n'
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_an_error_that_names_the_log(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path)
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"^{tmp_path}/log\.jsonl: cannot be written: No space left on device$"):
+        trainer.run()
+
+
 @pytest.mark.parametrize(("where", "calls"), [("open", 1), ("scalars", 2), ("close", 10)])
 def test_a_failing_sink_is_named_once_and_the_run_goes_on(
     tmp_path: Path, where: str, calls: int, capsys: pytest.CaptureFixture[str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -201,6 +202,51 @@ def test_both_sides_get_something(tmp_path: Path, fraction: float) -> None:
     assert (len(found.train), len(found.validation)) == (len(held.train), len(held.validation))
     sample = sample_texts(Sources.find([str(tmp_path)]), fraction, PIECE, 1000, 0)
     assert sorted(sample) == [document.text for document in held.train]
+
+
+def few(tmp_path: Path, count: int, text: str) -> Path:
+    """A folder of small files."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for index in range(count):
+        (folder / f"{index}.txt").write_text(f"text number {index}: {text}")
+    return folder
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_validation_gets_documents_until_they_fill_a_row(tmp_path: Path, share: float) -> None:
+    """In the order in which a larger fraction would give them, the same with cuts and without."""
+    texts = few(tmp_path, 12, "and a few words more, of which there are not many\n" * 3)
+    found = []
+    for row_tokens in (0, 512):
+        own = recipe(texts, validation_fraction=0.02, row_tokens=row_tokens)
+        sets = [open_shards(tmp_path / str(row_tokens), replace(own, cut_share=one)) for one in {0.0: 1, share: 1}]
+        found.append(ShardedCorpus(*sets))
+    small, large = found
+    assert len(small.validation) == 1 and len(small.train) > len(large.train)
+    names = [set(one.entries["name"].tolist()) for one in (small.validation, large.validation, large.train)]
+    assert names[0] < names[1] and max(names[1]) < min(names[2])
+    assert evaluation_rows(large.validation, TOKENIZER, 512, 64).shape == (1, 513)
+
+
+def test_text_that_fills_no_row_is_an_error_that_says_how_much_lacks(tmp_path: Path) -> None:
+    short = recipe(few(tmp_path, 4, "some words " * 10), validation_fraction=0.02, row_tokens=512)
+    message = r"few: too little text: to validate takes a row of 512 tokens, and all documents but one lack \d+ for it"
+    with pytest.raises(DataError, match=message) as caught:
+        open_shards(tmp_path / "root", short)
+    lacking, characters = map(int, re.findall(r" (\d+) ", str(caught.value))[-2:])
+    assert 0 < lacking < 512 and 0 < characters < 5 * lacking
+    assert [path.suffix for path in (tmp_path / "root").iterdir()] == [".lock"]
+
+
+def test_a_set_on_which_no_run_can_begin_is_made_anew(tmp_path: Path) -> None:
+    without = recipe(few(tmp_path, 12, "some words " * 20), validation_fraction=0.02)
+    before = open_shards(tmp_path / "root", without)
+    assert len(before.index("validation.npy")) == 1
+    after = open_shards(tmp_path / "root", replace(without, row_tokens=300))
+    assert after.folder == before.folder
+    assert len(after.index("validation.npy")) > 1 and before.meta["fingerprint"] != after.meta["fingerprint"]
+    assert open_shards(tmp_path / "root", replace(without, row_tokens=300)).meta == after.meta
 
 
 def test_one_document_is_too_few(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,20 @@ def test_errors_are_clear(data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     ):
         assert study(data, tmp_path / "none", *more) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_study_of_before_goes_on_with_its_rows(tmp_path: Path) -> None:
+    """What was stored before runs had these settings."""
+    plan = PLANS["tiny"]()
+    assert claim(tmp_path, plan, "data") == plan
+    stored = json.loads((tmp_path / "study.json").read_text())
+    del stored["base"]["fill_eval_rows"], stored["base"]["guard"]["skip_factor"]
+    (tmp_path / "study.json").write_text(json.dumps(stored))
+    for _ in range(2):
+        assert not claim(tmp_path, plan, "data").base.fill_eval_rows
+    for other in (replace(plan, base=replace(plan.base, batch_size=7)), PLANS["million"]()):
+        with pytest.raises(StudyError, match="holds a study with other settings"):
+            claim(tmp_path, other, "data")
 
 
 def test_a_torn_last_line_counts_as_not_there(tmp_path: Path) -> None:

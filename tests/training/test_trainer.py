@@ -139,6 +139,36 @@ def test_the_best_state_is_kept_and_can_be_finished(tmp_path: Path, monkeypatch:
     assert Trainer.resume(tmp_path, tiny_corpus()).num_steps_done == 6
 
 
+@pytest.mark.parametrize("save_every", [4, 5])
+def test_the_end_is_evaluated_and_may_be_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int) -> None:
+    """Whether or not its state is saved on the way as well."""
+    trainer = tiny_trainer(tmp_path, num_steps=5, eval_every=2, save_every=save_every, keep_last=1, keep_best=True)
+    figures = iter([3.0, 2.5, 2.0])
+    monkeypatch.setattr(trainer, "evaluate", lambda: {"step": trainer.num_steps_done, "bpb": next(figures)})
+    assert trainer.run()
+    assert [line["step"] for line in read_log(tmp_path, "evaluation")] == [2, 4, 5]
+    assert [path.name for path in (tmp_path / STATES_FOLDER).iterdir()] == ["step-00000005"]
+    resumed = Trainer.resume(tmp_path, tiny_corpus(), which="best")
+    assert resumed.num_steps_done == 5
+    assert resumed.run() and len(read_log(tmp_path, "evaluation")) == 3, "a run that has ended is not evaluated again"
+
+
+def test_an_end_in_a_skipped_step_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny_trainer(tmp_path, time_budget=1e6, eval_every=4)
+    step = trainer.step
+
+    def last_skipped() -> StepResult:
+        if trainer.num_steps_done < 3:
+            return step()
+        trainer.elapsed = 1e6
+        return StepResult(9.0, 9.0, 9.0, 1.0, "loss 9 explodes")
+
+    monkeypatch.setattr(trainer, "step", last_skipped)
+    assert trainer.run()
+    assert [line["step"] for line in read_log(tmp_path, "evaluation")] == [3]
+    assert Trainer.resume(tmp_path, tiny_corpus(), which="best").num_steps_done == 3
+
+
 def test_a_batch_in_parts_must_divide(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a batch of 4 rows cannot be cut into 3 equal parts"):
         tiny_trainer(tmp_path, batch_size=4, accumulate=3)

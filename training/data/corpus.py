@@ -47,6 +47,7 @@ class Corpus:
 def load_corpus(sources: Sequence[str], validation_fraction: float, piece_characters: int) -> Corpus:
     """Read every source; DataError when a path is missing, a file cannot be read or too little is left to split.
 
+    The split is that of shards, but for those of little text, where validation gets documents until they fill a row.
     Identical texts count once. A corrupt jsonl record is skipped and reported in `skipped`. After the split, training documents
     are cut into pieces of about `piece_characters` at blank lines: a long document read from end to end would rule a
     hundred steps in a row, and the model would follow it instead of learning from all.

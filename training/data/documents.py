@@ -7,6 +7,7 @@ Files are found first and read later, as streams, so that a corpus may be larger
 from __future__ import annotations
 
 import hashlib
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,10 @@ class Sources:
 
     @classmethod
     def find(cls, names: Sequence[str], conversations: bool = False) -> Sources:
-        """Look for every source's files; DataError when a path is missing or holds nothing of a known kind."""
+        """Look for every source's files; DataError when a path is missing or holds nothing of a known kind.
+
+        Of a folder hidden files and folders are left out, unless they are named themselves.
+        """
         files: list[SourceFile] = []
         for name in names:
             if name in (PYTHON_SOURCES, PYTHON_LIBRARY):
@@ -85,13 +89,21 @@ class Sources:
     ) -> Iterator[Document]:
         """Every document in order. skip: told of each corrupt record; advance: told how many bytes of a file were read.
 
-        DataError names a file that cannot be read.
+        DataError names a file that cannot be read; or the sources, where there is none.
         """
+        is_empty = True
         for file in self.files:
             try:
-                yield from self._read(file, skip, advance)
+                for document in self._read(file, skip, advance):
+                    is_empty = False
+                    yield document
             except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
                 raise DataError(f"{file.path}: cannot be read: {error}") from None
+        if is_empty and self.files:
+            what = "conversation" if self.conversations else "text"
+            raise DataError(
+                f"{', '.join(self.names)}: no {what} in {len(self.files):,} file(s), the first {self.files[0].path}"
+            )
 
     def _read(self, file: SourceFile, skip: Callable[[str], None], advance: Callable[[int], None]) -> Iterator[Document]:
         if file.is_code:
@@ -116,15 +128,26 @@ def _files(path: Path, suffixes: tuple[str, ...]) -> list[SourceFile]:
         if not path.name.endswith(suffixes):
             raise DataError(f"{path}: unknown kind of file, expected {kinds}")
         return [SourceFile(path, path.name)]
-    found = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(suffixes))
+    found = sorted(file for file in _seen(path) if file.name.endswith(suffixes) and file.is_file())
     if not found:
         raise DataError(f"{path}: no text in any {kinds} file")
     return [SourceFile(file, file.relative_to(path).as_posix()) for file in found]
 
 
+def _seen(folder: Path) -> Iterator[Path]:
+    """Everything in a folder and its folders that is not hidden, as names with a dot before them are."""
+    for place, folders, names in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place, name) for name in names if not name.startswith("."))
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read: {error.strerror}")
+
+
 def _blocks(path: Path, advance: Callable[[int], None]) -> Iterator[str]:
-    """A UTF-8 file's text in blocks, line ends as `\\n`."""
-    with path.open(encoding="utf-8") as file:
+    """A UTF-8 file's text in blocks, line ends as `\\n`, without the mark that some editors put at its start."""
+    with path.open(encoding="utf-8-sig") as file:
         while block := file.read(_BLOCK_CHARACTERS):
             advance(len(block) if block.isascii() else len(block.encode("utf-8")))
             yield block

@@ -5,6 +5,7 @@ A record that holds nothing to train on is skipped and named; a file that cannot
 
 from __future__ import annotations
 
+import codecs
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -66,14 +67,14 @@ def conversation_of(record: object) -> str:
 
 
 def read_records(path: Path, content: Callable[[object], str], skip: Skip, advance: Advance) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and content of each record; `skip` is told of those without.
+    """Number (from 1) and content of each record; `skip` is told of those without, and of a file without records.
 
     DataError when the file cannot be read, none of its records has any, or a package for this kind of file is missing.
     """
     is_parquet = path.suffix == ".parquet"
     column = "messages" if content is conversation_of else "text"
     read = _parquet_values(path, column, advance) if is_parquet else _json_values(path, advance)
-    count = 0
+    count = number = 0
     for number, value in read:
         try:
             text = content(value())
@@ -82,7 +83,9 @@ def read_records(path: Path, content: Callable[[object], str], skip: Skip, advan
             continue
         count += 1
         yield number, text
-    if not count:
+    if not number:
+        skip(f"{path}: empty")
+    elif not count:
         kind = "a list `messages` to learn from" if content is conversation_of else "a string `text`"
         raise DataError(f"{path}: no {'row has' if is_parquet else 'line is a JSON object with'} {kind}")
 
@@ -90,6 +93,8 @@ def read_records(path: Path, content: Callable[[object], str], skip: Skip, advan
 def _json_values(path: Path, advance: Advance) -> Iterator[tuple[int, Callable[[], object]]]:
     """Number and parser of every line that is not empty."""
     for number, line in numbered_lines(_content(path, advance)):
+        if number == 1 and line is not None:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if line is None or line.strip():
             yield number, lambda line=line: _parsed(line)  # type: ignore[misc]
 
@@ -178,6 +183,8 @@ def _parquet_values(path: Path, column: str, advance: Advance) -> Iterator[tuple
     number, size = 0, path.stat().st_size
     try:
         with parquet.ParquetFile(path) as file:
+            if file.metadata.num_rows == 0:
+                return
             if column not in file.schema_arrow.names:
                 raise DataError(f"{path}: has no column `{column}`, only {', '.join(file.schema_arrow.names)}")
             for group in range(file.num_row_groups):

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -46,6 +45,7 @@ from training.data.shards import (
     mask_name,
     shard_name,
 )
+from training.processes import end_with_parent
 
 SHARD_BYTES = 1 << 27
 """Of a shard's ids; the document that reaches it is the last of its shard."""
@@ -56,7 +56,10 @@ SMALL_CHARACTERS = 1 << 24
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a set is made of. conversation_tokens: for conversations, the most ids of one; None for text."""
+    """What a set is made of. conversation_tokens: for conversations, the most ids of one; None for text.
+
+    row_tokens: of text, what validation must hold for one row; 0 where it need not. It follows from `piece_characters`.
+    """
 
     sources: Sources
     tokenizer: Tokenizer
@@ -64,6 +67,7 @@ class Recipe:
     piece_characters: int
     cut_share: float = 0.0
     conversation_tokens: int | None = None
+    row_tokens: int = 0
 
     def key(self) -> str:
         """Changes with anything that the set depends on, though the files themselves are not read."""
@@ -94,6 +98,8 @@ def open_shards(root: Path, recipe: Recipe, num_processes: int | None = None) ->
     with _locked(root / f"{folder.name}.lock"):
         for remains in root.glob(f".{folder.name}.*.tmp"):
             shutil.rmtree(remains)
+        if recipe.row_tokens and folder.exists() and _missing(ShardSet(folder).index(INDEX_FILES[1]), recipe) > 0:
+            shutil.rmtree(folder)  # no run can have begun on it
         if not folder.exists():
             with replaced_directory(folder, lambda name: False) as temporary:
                 _make(temporary, recipe, key, num_processes or len(os.sched_getaffinity(0)))
@@ -111,7 +117,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _make(folder: Path, recipe: Recipe, key: str, num_processes: int) -> None:
-    """Write the set. A limit that gives one side nothing is moved, and all is done again: there cannot be much of it."""
+    """Write the set. A limit that gives one side too little is moved, and all is done again: there cannot be much of it."""
     limit = validation_limit(recipe.validation_fraction)
     encoder = Encoder(recipe.tokenizer, limit, recipe.piece_characters, recipe.cut_share, recipe.conversation_tokens)
     while True:
@@ -122,6 +128,8 @@ def _make(folder: Path, recipe: Recipe, key: str, num_processes: int) -> None:
             raise DataError(f"{names}: training and validation need two different documents, got {len(hashes)}")
         fitting = fitting_limit(encoder.limit, hashes[:, 0].tolist(), recipe.sources.names)
         if fitting == encoder.limit:
+            fitting = _limit_of_a_row(fitting, entries, hashes[:, 0], recipe)
+        if fitting == encoder.limit:
             break
         encoder = replace(encoder, limit=fitting)
         for path in folder.iterdir():
@@ -129,6 +137,32 @@ def _make(folder: Path, recipe: Recipe, key: str, num_processes: int) -> None:
     for name, validates in zip(INDEX_FILES, (False, True), strict=True):
         np.save(folder / name, entries[entries["validates"] == validates])
     _finish(folder, writer, recipe, key, entries, hashes)
+
+
+def _missing(entries: NDArray[Any], recipe: Recipe) -> int:
+    """Tokens that validation lacks for a row; its first bos is none of them. entries: of its documents."""
+    return recipe.row_tokens + 1 - int(entries["length"].sum(dtype=np.int64)) if recipe.row_tokens else 0
+
+
+def _limit_of_a_row(limit: int, entries: NDArray[Any], places: NDArray[np.uint64], recipe: Recipe) -> int:
+    """The limit, raised where validation does not fill a row, by as many documents as it seems to take.
+
+    Only what validates already decides, so that sets with cuts and without are split alike. DataError when training would be
+    left with nothing.
+    """
+    held = entries[entries["validates"] == 1]
+    missing = _missing(held, recipe)
+    if missing <= 0:
+        return limit
+    left = np.unique(places[places >= limit])
+    if len(left) < 2:
+        each = entries["characters"].sum() / entries["length"].sum()
+        raise DataError(
+            f"{', '.join(recipe.sources.names)}: too little text: to validate takes a row of {recipe.row_tokens:,} tokens, and "
+            f"all documents but one lack {missing:,} for it; give some {int(missing * each) + 1:,} more characters"
+        )
+    count = -(-missing * len(held) // int(held["length"].sum()))
+    return int(left[min(count, len(left) - 1) - 1]) + 1
 
 
 def _without_repeats(writer: _Writer) -> tuple[NDArray[Any], NDArray[np.uint64]]:
@@ -320,14 +354,7 @@ def _begin(encoder: Encoder) -> None:
     """In a process that helps: keep the encoder, and end with the one that started it, however that ends."""
     global _encoder
     _encoder = encoder.encode
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _encode(batch: list[Document]) -> Batch:

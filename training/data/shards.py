@@ -146,10 +146,10 @@ class ShardedDocuments:
 
 
 class ShardedCorpus:
-    """A corpus on the disk, in the place of a `Corpus`; cuts as in ShardedDocuments."""
+    """A corpus on the disk, in the place of a `Corpus`; cuts as in ShardedDocuments. note: a remark on where it comes from."""
 
-    def __init__(self, shards: ShardSet, cuts: ShardSet | None = None) -> None:
-        self.shards = shards
+    def __init__(self, shards: ShardSet, cuts: ShardSet | None = None, *, note: str = "") -> None:
+        self.shards, self.note = shards, note
         self.train = ShardedDocuments(shards, INDEX_FILES[0], cuts)
         self.validation = ShardedDocuments(shards, INDEX_FILES[1])
         meta = shards.meta
@@ -166,10 +166,10 @@ class ShardedCorpus:
         return int(self.train.entries["characters"].sum(dtype=np.int64))
 
     def remarks(self) -> list[str]:
-        """Lines on what was left out or shortened, each with the first case and the file that lists all."""
+        """The note, and lines on what was left out or shortened, each with the first case and the file that lists all."""
         meta, folder = self.shards.meta, self.shards.folder
         kinds = (("skipped", "corrupt record(s)", SKIPPED_FILE), ("cut", "conversation(s) to a row's length", CUT_FILE))
-        return [
+        return [self.note] * bool(self.note) + [
             f"{verb} {meta[f'num_{verb}']:,} {what}, the first: {meta[f'first_{verb}']} (all: {folder / name})"
             for verb, what, name in kinds
             if meta[f"num_{verb}"]

@@ -15,6 +15,7 @@ from lrt_core.tokenizer import Tokenizer
 from training.command import device_of, positive, status_of
 from training.config import PYTHON_SOURCES
 from training.data.opening import learn_tokenizer, open_corpus
+from training.processes import exclusively
 from training.state import TOKENIZER_FOLDER
 from training.study import report
 from training.study.cells import Surroundings
@@ -61,11 +62,17 @@ def _study(args: argparse.Namespace) -> None:
     if args.report_only:
         return _report(folder, plan)
     device_of(args.device)
+    with exclusively(folder):
+        _run(plan, folder, args)
+
+
+def _run(plan: Plan, folder: Path, args: argparse.Namespace) -> None:
+    """Train what is missing, or time the steps alone, in a folder that is ours."""
     tokenizer = _tokenizer(folder, plan)
     corpus = open_corpus(plan.base, folder, tokenizer)
     for remark in corpus.remarks():
         print(f"{COMMAND}: {remark}", file=sys.stderr)
-    claim(folder, plan, corpus.fingerprint())
+    plan = claim(folder, plan, corpus.fingerprint())
     threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
     around = Surroundings(folder, corpus, tokenizer, args.device, threads, args.keep_checkpoints)
     runner = Runner(plan, around, args.jobs)

@@ -30,6 +30,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lrt_core.files import read_json, write_json, write_text
+from training.config import completed
 from training.study import worker
 from training.study.cells import Surroundings
 from training.study.plan import Cell, Plan, StudyError
@@ -52,20 +53,26 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return results
 
 
-def claim(folder: Path, plan: Plan, fingerprint: str) -> None:
-    """Make the folder this study's; StudyError when it holds one with other runs' settings or other data."""
+def claim(folder: Path, plan: Plan, fingerprint: str) -> Plan:
+    """Make the folder this study's; StudyError when it holds one with other runs' settings or other data.
+
+    Returns the plan, whose runs are evaluated on the rows that those before were evaluated on.
+    """
     path = folder / PLAN_FILE
+    before = read_json(path) if path.exists() else None
+    stored = completed(before["base"]) if before is not None and isinstance(before.get("base"), dict) else None
+    if stored is not None:
+        plan = replace(plan, base=replace(plan.base, fill_eval_rows=bool(stored["fill_eval_rows"])))
     base = json.loads(json.dumps({**plan.base.to_dict(), "shards": None}))
-    if path.exists():
-        before = read_json(path)
-        if before.get("base") != base or before.get("data") != fingerprint:
-            what = "settings" if before.get("base") != base else "data"
-            raise StudyError(f"{folder}: holds a study with other {what}; choose another folder, or remove this one")
+    if before is not None and (stored != base or before.get("data") != fingerprint):
+        what = "settings" if stored != base else "data"
+        raise StudyError(f"{folder}: holds a study with other {what}; choose another folder, or remove this one")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, {"base": base, "data": fingerprint})
     results = folder / RESULTS_FILE
     if results.exists() and not (text := results.read_text("utf-8")).endswith("\n"):
         write_text(results, text[: text.rfind("\n") + 1])  # what a crash cut off
+    return plan
 
 
 class Runner:

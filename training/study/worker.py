@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from training.processes import end_with_parent
 from training.study.cells import Surroundings, run_cell, step_seconds
 from training.study.plan import Cell, Plan
 from training.trainer import Trainer
@@ -34,7 +35,11 @@ _worker = _Worker()
 
 
 def begin(around: Surroundings) -> None:
-    """Prepare this process. SIGTERM ends the cell in hand, its state saved; Ctrl-C is left to the parent, who sends that."""
+    """Prepare this process, which ends with its parent.
+
+    SIGTERM ends the cell in hand, its state saved; Ctrl-C is left to the parent, who sends that.
+    """
+    end_with_parent()
     _worker.around = around
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _worker.stop)
