@@ -59,10 +59,15 @@ class NativeStream:
         return NativeStream(x, x0, tokens, positions, memory)
 
 
+def can_take(config: ModelConfig, device: str) -> bool:
+    """Whether native code can run models of this shape there: built, switched on, on a CPU, at most 16 heads a group."""
+    fits = config.num_heads // config.num_kv_heads <= MOST_QUERIES
+    return fits and kernels.is_native() and torch.device(device).type == "cpu"
+
+
 def can_run(model: LatentRecurrentTransformer) -> bool:
-    """Whether native code can take this model: built, switched on, on a CPU, float32 or bfloat16, at most 16 heads a group."""
-    fits = model.config.num_heads // model.config.num_kv_heads <= MOST_QUERIES
-    return fits and kernels.is_native() and model.device.type == "cpu" and model.dtype in (torch.float32, torch.bfloat16)
+    """Whether native code can take this model: of such a shape, in float32 or bfloat16."""
+    return can_take(model.config, model.device.type) and model.dtype in (torch.float32, torch.bfloat16)
 
 
 class NativeModel:

@@ -62,7 +62,7 @@ class PagedPool:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """Zeros with something behind them: native code reads whole vectors, past the last head's end too."""
     size = math.prod(shape)
-    return advise_large_pages(torch.zeros(size + READ_AHEAD, dtype=dtype, device=device))[:size].view(shape)
+    return advise_large_pages(torch.empty(size + READ_AHEAD, dtype=dtype, device=device)).zero_()[:size].view(shape)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ PERIOD = 8
 """Passes between two looks at the window's width: after the first passes over a prompt few positions settle by nature."""
 WASTEFUL = 12.0
 """Rows per settled position above which the window halves; a trained recurrence takes 4 to 10."""
+FUTILE = 0.75
+"""Rows per settled position, as a share of the window's width, above which it halves too: nearly one position a pass."""
 CHEAP = 8.0
 """Rows per settled position below which it doubles, up to its maximum, if all its passes were as wide as it allowed: a window
 that the step's budget or the prompt's end cut short says nothing about a wider one."""
@@ -53,8 +55,8 @@ class WindowControl:
         if self._passes < PERIOD:
             return
         cost = self._rows / self._settled
-        if cost > WASTEFUL:
-            self.width = max(1, self.width // 2)
+        if self.width > 1 and cost > min(WASTEFUL, FUTILE * self.width):
+            self.width //= 2
         elif cost < CHEAP and self._rows == self._passes * self.width:
             self.width = min(self.maximum, self.width * 2)
         self._passes = self._rows = self._settled = 0

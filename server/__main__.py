@@ -178,7 +178,8 @@ def _load(settings: ServerConfig, keys: Sequence[str] = ()) -> tuple[Service, st
     import torch
 
     from lrt_core.checkpoint import BUNDLED, CheckpointError, load_config
-    from lrt_core.kernels import is_native
+    from lrt_core.kernels import instruction_set
+    from lrt_core.native_model import NativeModel
     from server.api.auth import ApiKeys
     from server.api.service import Service
     from server.engine.loader import LoadError, is_small, load_chat_template, load_engine
@@ -206,7 +207,8 @@ def _load(settings: ServerConfig, keys: Sequence[str] = ()) -> tuple[Service, st
     recurrence = model.config.recurrence
     path = f"{recurrence.variant}, source layer {recurrence.source_layer}" if recurrence else "off"
     weights = dtype if settings.quantize == "none" else f"{settings.quantize} weights, {dtype}"
-    operators = f"{weights}, {'native' if is_native() else 'torch'} kernels"
+    kernels = f"native kernels ({instruction_set()})" if isinstance(model, NativeModel) else "torch kernels"
+    operators = f"{weights}, {kernels}"
     greeting = f"serving {names[0]} ({checkpoint}): recurrence {path}; {operators}; cache of {engine.config.capacity} tokens"
     greeting += "; API key needed" if keys else ""
     service = Service(

@@ -325,7 +325,7 @@ INLINE void run_layer(const Model& m, const Pool& pool, const Step& step, int64_
     });
     team.barrier();
     product(layer.up, w.normed, rows, team, [&](int64_t row, int64_t column, VF sum) __attribute__((always_inline)) {
-        const VF positive = vmax(sum, VF{});
+        const VF positive = sum < 0 ? VF{} : sum;  // what is no number stays so
         w.hidden.set(row, column, positive * positive);
     });
     team.barrier();
@@ -432,7 +432,7 @@ void apply(const Matrix& m, const float* input, int64_t rows, float softcap, cha
         if (softcap > 0.0f) {
             const VF magnitude = sum < 0 ? -sum : sum, decay = exp(magnitude * (-2.0f / softcap));
             const VF bent = softcap * (1.0f - decay) / (1.0f + decay);
-            sum = sum < 0 ? -bent : bent;
+            sum = sum < 0 ? -bent : sum >= 0 ? bent : sum;  // what is no number stays so
         }
         float* to = out + row * m.n + column;
         if (column + LANES <= m.n) {

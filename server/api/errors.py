@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from server.engine.request import AdmissionError, PromptTooLongError, RequestError
+from server.engine.request import AdmissionError, NotFiniteError, PromptTooLongError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ def from_exception(error: Exception) -> ApiError:
         return bad_request(str(error), param="prompt", code="context_length_exceeded")
     if isinstance(error, RequestError):
         return bad_request(str(error), param=error.param)
+    if isinstance(error, NotFiniteError):
+        return ApiError(500, f"Generation failed: {error}.", kind="server_error", code="not_finite")
     if isinstance(error, AdmissionError) and error.reason == "queue_full":
         return ApiError(429, str(error), kind="rate_limit_error", code="queue_full", headers=RETRY_AFTER)
     if isinstance(error, AdmissionError) and error.reason == "draining":

@@ -62,8 +62,6 @@ def _run_decode(subject: Subject, args: Namespace, report: Report, limits: Limit
     num_blocks = max(_num_blocks(point) for point in chosen)
     max_len = max(args.contexts) + STEPS + 1
     engine = make_engine(subject.model, max(args.batches), max_len, "sequential", num_blocks=num_blocks)
-    for storage in (engine.runner.pool.keys, engine.runner.pool.values):
-        storage.fill_(0.5)  # memory that was never written is one page of zeros and would be read from the cache
     for point in chosen:
         name = f"{subject.label}: step, batch {point.batch}, context {point.context}"
         (samples,) = interleave([Work(name, partial(step_seconds, engine, point))], args.repetitions, name)

@@ -90,7 +90,7 @@ def resolve_dtype(args: Namespace, config: ModelConfig) -> torch.dtype:
     """The type asked for; auto is what the server would take."""
     if args.dtype in DTYPES:
         return DTYPES[args.dtype]
-    return torch.bfloat16 if is_bf16_fast("cpu") and not is_small(config, "cpu") else torch.float32
+    return torch.bfloat16 if is_bf16_fast(config, "cpu") and not is_small(config, "cpu") else torch.float32
 
 
 def set_threads(args: Namespace, config: ModelConfig) -> None:

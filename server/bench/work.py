@@ -55,7 +55,7 @@ def make_engine(
         max_num_batched_tokens=max(512, max_num_seqs),
         prefill=prefill,
         window=window,
-        num_prompt_rows=prompt_rows(window),
+        num_prompt_rows=prompt_rows(window, model.config, model.device.type),
         tolerance=DEFAULT_TOLERANCE[model.dtype],
         prefix_caching=prefix_caching,
     )

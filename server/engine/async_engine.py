@@ -18,9 +18,9 @@ from collections.abc import Sequence as SequenceABC
 
 from lrt_core.grammar import Grammar, GrammarSource
 from lrt_core.tokenizer import Tokenizer
-from server.engine.engine import Engine
+from server.engine.engine import NOT_FINITE, Engine
 from server.engine.grammars import GrammarCache
-from server.engine.request import AdmissionError, Delta, GenerationRequest, RequestError
+from server.engine.request import AdmissionError, Delta, GenerationRequest, NotFiniteError, RequestError
 from server.engine.sample import Sample
 from server.engine.stats import EngineObserver, NullObserver, TokenTimes
 from server.engine.stream import DeltaStream
@@ -242,10 +242,12 @@ class AsyncEngine:
             self._worker.finish(sample.key, delta.finish_reason)
         self._end(stream, sample, delta, now)
 
-    def _failure(self, request: GenerationRequest, message: str) -> RequestError:
-        """What became of a sample whose grammar has failed; the others of its request go on."""
+    def _failure(self, request: GenerationRequest, message: str) -> RequestError | NotFiniteError:
+        """What became of a sample whose grammar or model has failed; the others of its request go on."""
         grammar = request.grammar
-        assert grammar is not None
+        if grammar is None or message == NOT_FINITE:
+            logger.error("request %s: %s", request.request_id, message)
+            return NotFiniteError(message)
         self.grammars.forget(grammar.source)
         return RequestError(f"'{grammar.source.origin}' cannot be followed further: {message}", grammar.source.origin)
 

@@ -181,6 +181,9 @@ class Engine:
         """Apply one window's result to its sequence; when that has read its prompt, its siblings set out too."""
         window, sequence = result.window, result.window.sequence
         sequence.advance(result.num_settled, window.num_tokens)
+        if not result.is_finite:
+            self._give_up([sequence, *sequence.siblings], output)
+            return
         self.blocks.register(sequence)
         if result.prompt_logprobs:
             sequence.prompt_logprobs += result.prompt_logprobs
@@ -205,6 +208,14 @@ class Engine:
                 self.scheduler.finish(item.sequence, item.finish_reason)
         output.outputs += outputs
 
+    def _give_up(self, sequences: list[Sequence], output: StepOutput) -> None:
+        """End samples whose states are no numbers; nothing of them is kept for others."""
+        for sequence in sequences:
+            if not sequence.finished:
+                sequence.siblings = []
+                self.scheduler.finish(sequence, "abort")
+                output.outputs.append(SequenceOutput(sequence, None, finish_reason="abort", error=NOT_FINITE))
+
     def _take_token(self, sequence: Sequence, token: TokenLogprob | None) -> SequenceOutput:
         """Append the token (none when the prompt alone was to be read) and say whether that was the last."""
         output = SequenceOutput(sequence, token)
@@ -226,6 +237,10 @@ class Engine:
             if not self._may_end(sequence) and sequence.grammar.is_exhausted:
                 return "stop"
         return "length" if sequence.num_tokens >= sequence.max_num_tokens else None
+
+
+NOT_FINITE = "the model's states came to be no numbers"
+"""What is said of a sample that ends for it."""
 
 
 def check_request(config: EngineConfig, model: ModelConfig, request: GenerationRequest, end_ids: Collection[int]) -> None:

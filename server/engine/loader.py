@@ -16,9 +16,8 @@ from lrt_core.config import ModelConfig
 from lrt_core.files import CheckpointError, read_text
 from lrt_core.fused import fuse
 from lrt_core.hardware import available_memory, has_fast_bf16
-from lrt_core.kernels import is_native
 from lrt_core.model import LatentRecurrentTransformer
-from lrt_core.native_model import NativeModel, Quantization, can_run
+from lrt_core.native_model import NativeModel, Quantization, can_run, can_take
 from lrt_core.packed import pack
 from lrt_core.paged import PagedPool
 from lrt_core.tokenizer import Tokenizer
@@ -127,13 +126,14 @@ def _check_device(device: torch.device) -> None:
 
 
 def _auto_dtype(options: LoadOptions) -> torch.dtype:
-    is_fast = is_bf16_fast(options.device) and not is_small(load_config(options.checkpoint), options.device)
+    config = load_config(options.checkpoint)
+    is_fast = is_bf16_fast(config, options.device) and not is_small(config, options.device)
     return torch.bfloat16 if is_fast else torch.float32
 
 
-def is_bf16_fast(device: str) -> bool:
+def is_bf16_fast(config: ModelConfig, device: str) -> bool:
     """Whether bfloat16 pays: in hardware, or by native code, which any CPU feeds with half the bytes in less time."""
-    return has_fast_bf16(device) or (torch.device(device).type == "cpu" and is_native())
+    return has_fast_bf16(device) or can_take(config, device)
 
 
 def is_small(config: ModelConfig, device: str) -> bool:
@@ -169,7 +169,7 @@ def resolve(options: LoadOptions, model_config: ModelConfig, dtype: torch.dtype)
             # A state that is read token by token depends on its tokens alone, not on how windows fell.
             prefill="sequential" if options.deterministic else options.prefill,
             window=window,
-            num_prompt_rows=prompt_rows(window),
+            num_prompt_rows=prompt_rows(window, model_config, options.device),
             tolerance=tolerance,
             prefix_caching=options.prefix_caching,
         )
@@ -183,13 +183,16 @@ def default_window(model_config: ModelConfig, device: str) -> int:
     On a CPU a step of some ten rows takes little longer than a step of one, beyond that every row has its price, and a narrow
     window computes a token fewer times. A plain model computes every token once, however wide.
     """
-    is_narrow = torch.device(device).type == "cpu" and is_native() and model_config.recurrence is not None
-    return NARROW_WINDOW if is_narrow else 128
+    return NARROW_WINDOW if _rows_are_dear(model_config, device) else 128
 
 
-def prompt_rows(window: int) -> int | None:
+def prompt_rows(window: int, model_config: ModelConfig, device: str) -> int | None:
     """What prompts share in a step: where windows are narrow because rows are dear, one window's rows."""
-    return window if window <= NARROW_WINDOW else None
+    return window if window <= NARROW_WINDOW and _rows_are_dear(model_config, device) else None
+
+
+def _rows_are_dear(model_config: ModelConfig, device: str) -> bool:
+    return can_take(model_config, device) and model_config.recurrence is not None
 
 
 def fingerprint(model: LatentRecurrentTransformer) -> str:

@@ -65,6 +65,8 @@ class WindowResult:
     each of its siblings."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of the prompt tokens behind the settled positions, when asked for."""
+    is_finite: bool = True
+    """Whether the states of all settled positions are numbers: a model may overflow."""
     latents: bytes | None = None
     """When the step settled the sequence's last position and latents are wanted: float32 rows, of the whole prompt if all are
     wanted and nothing was generated yet, else of that last position."""
@@ -91,6 +93,9 @@ class ModelRunner:
         self.pool.store_latents(batch.slots, latents)
         results = _settle(batch, latents, memory, self.config.tolerance)
         hidden, offsets = self._finish_settled(batch, stream, latents, results)
+        _check_finite(batch.offsets, results, latents)
+        if hidden is not latents:
+            _check_finite(offsets, results, hidden)
         self._score_prompts(offsets, results, hidden)
         self._sample(offsets, results, hidden)
         self._read_latents(results)
@@ -183,6 +188,14 @@ def _settle(batch: Batch, latents: Tensor, memory: Tensor | None, tolerance: flo
         residual = max(own) if own else None
         results.append(WindowResult(window, num_settled(own, tolerance), residual))
     return results
+
+
+def _check_finite(offsets: list[int], results: list[WindowResult], states: Tensor) -> None:
+    """Note whose settled rows, which begin at `offsets` of states [T, D], hold what is no number."""
+    sums = states.float().sum(-1)
+    if not bool(sums.isfinite().all()):
+        for result, offset in zip(results, offsets, strict=False):
+            result.is_finite &= bool(sums[offset : offset + result.num_settled].isfinite().all())
 
 
 def _is_ready(result: WindowResult) -> bool:

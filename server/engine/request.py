@@ -27,6 +27,10 @@ class PromptTooLongError(RequestError):
     """The prompt does not fit the model's maximum context length."""
 
 
+class NotFiniteError(RuntimeError):
+    """The model's states came to be no numbers: a fault of the checkpoint, or of its type, not of the request."""
+
+
 class AdmissionError(RuntimeError):
     """The engine takes no more requests now; `reason` is `queue_full`, `draining` or `engine_dead`."""
 
@@ -108,4 +112,4 @@ class Delta:
     stop_reason: str | int | None = None
     num_cached_tokens: int = 0
     latents: bytes | None = None
-    error: RequestError | None = None
+    error: RequestError | NotFiniteError | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 from server.engine.block_manager import BlockManager
@@ -96,19 +97,31 @@ class Scheduler:
             else:
                 reading.append(sequence)
         budget = self.config.max_num_batched_tokens - len(windows)
-        num_rows = self.config.num_prompt_rows
-        if num_rows is None:
-            share = budget
-        else:
-            # Those that can begin now join at once: many narrow windows compute a token fewer times than a few wide ones.
-            while may_admit and len(reading) < min(num_rows, budget) and (admitted := self._admit()) is not None:
-                reading.append(admitted)
-            share = max(1, num_rows // max(1, len(reading)))
+        if self.config.num_prompt_rows is not None:
+            self._share_rows(reading, min(self.config.num_prompt_rows, budget), may_admit, windows)
+            return windows
         for sequence in reading:
-            budget -= self._schedule_window(sequence, min(share, budget), windows)
-        while may_admit and num_rows is None and budget > 0 and (admitted := self._admit()) is not None:
+            budget -= self._schedule_window(sequence, budget, windows)
+        while may_admit and budget > 0 and (admitted := self._admit()) is not None:
             budget -= self._schedule_window(admitted, budget, windows)
         return windows
+
+    def _share_rows(self, reading: list[Sequence], num_rows: int, may_admit: bool, windows: list[ScheduledWindow]) -> None:
+        """Schedule the prompts that share rows: those of one priority in equal parts, and of what they leave the next ones.
+
+        Who can begin now joins at once, if a row is there for each of its priority: many narrow windows compute a token fewer
+        times than a few wide ones.
+        """
+        while may_admit and self.waiting:
+            priority = self.waiting[0].rank[0]
+            if sum(sequence.rank[0] <= priority for sequence in reading) >= num_rows or (admitted := self._admit()) is None:
+                break
+            insort(reading, admitted, key=_rank)
+        for _, group in groupby(reading, key=lambda sequence: sequence.rank[0]):
+            alike = list(group)
+            share = max(1, num_rows // len(alike))
+            for sequence in alike:
+                num_rows -= self._schedule_window(sequence, min(share, num_rows), windows)
 
     def _make_room(self) -> bool:
         """Give every running sequence blocks for all its tokens, by rank, preempting the last in rank when none are left.

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrt_core.window import CHEAP, PERIOD, WASTEFUL, WindowControl, num_settled
+from lrt_core.window import CHEAP, PERIOD, WindowControl, num_settled
 
 NAN, INF = math.nan, math.inf
 
@@ -47,12 +47,20 @@ def widths_over(control: WindowControl, num_passes: int, settled_per_pass: int) 
 
 
 def test_it_narrows_where_nothing_contracts() -> None:
-    """One row a pass: halved every period, until the rows per settled position are affordable."""
+    """One row a pass: halved every period, down to one or two positions."""
     control = WindowControl(128)
-    assert (
-        widths_over(control, 6 * PERIOD, 1) == [128] * PERIOD + [64] * PERIOD + [32] * PERIOD + [16] * PERIOD + [8] * 2 * PERIOD
-    )
-    assert CHEAP <= control.width <= WASTEFUL
+    expected = [width for width in (128, 64, 32, 16, 8, 4, 2, 1, 2, 1) for _ in range(PERIOD)]
+    assert widths_over(control, len(expected), 1) == expected
+
+
+@pytest.mark.parametrize(("width", "num_passes_a_row"), [(4, 2.7), (8, 3.7), (16, 4.6), (128, 5.7)])
+def test_it_keeps_its_width_where_the_recurrence_contracts(width: int, num_passes_a_row: float) -> None:
+    """What windows of such widths were measured to take."""
+    control, settled = WindowControl(width), 0.0
+    for _ in range(10 * PERIOD):
+        before, settled = int(settled), settled + width / num_passes_a_row
+        control.observe(int(settled) - before, width)
+        assert control.width == width
 
 
 @pytest.mark.parametrize("settled_per_pass", [11, 16, 64, 128])

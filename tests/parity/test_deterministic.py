@@ -80,6 +80,25 @@ def test_logprobs_are_bit_equal_whatever_else_runs(variant: str, kind: str) -> N
         assert engine.scheduler.totals.num_prefix_hits > 0
 
 
+@needs_native
+@pytest.mark.parametrize("prefill", ["window", "sequential"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logprobs_are_bit_equal_on_any_number_of_threads(kind: str, prefill: str) -> None:
+    model, wanted = contracting_model("upper-middle-source"), requests(6)
+    if kind == "bfloat16":
+        for weight in model.parameters():
+            weight.data = weight.data.to(torch.bfloat16) if weight.ndim > 1 else weight.data
+    found = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        try:
+            done = run(make(model, kind, prefill=prefill, num_blocks=40, max_model_len=80), wanted)
+        finally:
+            torch.set_num_threads(1)
+        found.append([[entries(sample) for sample in samples] for samples in done.outcomes])
+    assert found[0] == found[1] == found[2]
+
+
 def test_the_loader_reads_sequentially_and_refuses_what_torch_cannot_promise(checkpoint: Path) -> None:
     options = LoadOptions(checkpoint, dtype="float32", deterministic=True)
     if kernels.is_native():

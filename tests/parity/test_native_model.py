@@ -57,6 +57,19 @@ def test_decoding_is_the_oracles(variant: str, instruction_set: str) -> None:
 
 @needs_native
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@torch.no_grad()
+def test_what_is_no_number_stays_so(kind: str, instruction_set: str) -> None:
+    weight = torch.randn(40, 33)
+    matrix = PackedMatrix(weight.bfloat16() if kind == "bfloat16" else weight, quantize=kind == "int8")
+    x = torch.randn(3, 33)
+    x[1, 5] = torch.nan
+    logits = apply(matrix, x, softcap=15.0)
+    assert logits[1].isnan().all()
+    assert logits[0].isfinite().all() and logits[2].isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 16), (40, 33), (130, 96), (272, 768)])
 @torch.no_grad()
 def test_products_and_rows_that_do_not_see_each_other(kind: str, n: int, k: int, instruction_set: str) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from lrt_core.model import LatentRecurrentTransformer
 from server.engine.engine import Engine
-from server.engine.loader import DEFAULT_TOLERANCE, serving_model
+from server.engine.loader import DEFAULT_TOLERANCE, prompt_rows, serving_model
 from server.engine.model_runner import ModelRunner
 from server.engine.request import GenerationRequest
 from tests.engines import Outcome, engine_config, request, run
@@ -45,6 +45,7 @@ def model_of(dtype: torch.dtype) -> LatentRecurrentTransformer:
 def engine_of(model: LatentRecurrentTransformer, **sizes: object) -> Engine:
     """As the loader makes it, with invariants checked."""
     values: dict[str, object] = {"tolerance": 1e-6 if model.dtype == torch.float32 else DEFAULT_TOLERANCE[model.dtype]}
+    values["num_prompt_rows"] = prompt_rows(engine_config().window, model.config, "cpu")
     config = engine_config(**{**values, **sizes})
     return Engine(ModelRunner(serving_model(model, config.max_model_len), config), (), check_invariants=True, seed=0)
 

@@ -288,6 +288,18 @@ def test_sampling_fields_do_what_the_oracle_does(fields: dict[str, Any], params:
     assert live().ids(max_tokens=24, **fields, **heat) == oracle(24, **params, **heat)
 
 
+@pytest.mark.parametrize("fields", [{}, {"n": 3, "logprobs": 1, "echo": True, "prompt_logprobs": 1}, {"latents": "all"}])
+def test_a_model_that_overflows_is_a_failure_that_says_so(fields: dict[str, Any]) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_submodule("layers.0.mlp.up").weight[0] = 1e30  # type: ignore[index,operator]
+    sick = Live(model)
+    told = assert_envelope(sick.ask(**fields), 500, "not_finite")
+    assert told == "Generation failed: the model's states came to be no numbers."
+    *_, last = events(sick.ask(stream=True, **fields))
+    assert last["error"]["code"] == "not_finite"
+
+
 def test_a_long_answer_is_written_beside_the_loop_and_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     fields = {"prompt": ["the", "end"], "n": 2, "logprobs": 3, "prompt_logprobs": 2, "seed": 5, "max_tokens": 9}
     threads = []

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lrt_core.generate import read
-from server.engine.engine import Engine
+from lrt_core.kernels import native
+from server.engine.engine import NOT_FINITE, Engine
 from server.engine.request import PromptTooLongError, RequestError
 from tests.engines import engine_config, make_engine, oracle, request, run
 from tests.helpers import TINY_VOCAB_SIZE, VARIANTS, contracting_model, random_ids, tiny_config, tiny_model
@@ -189,6 +190,25 @@ def test_what_can_never_be_served_is_refused(values: dict[str, Any], error: type
 def test_impossible_configurations(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         engine_config(**overrides)
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize("variant", ["layerwise", "upper-middle-source", "plain"])
+def test_states_that_are_no_numbers_end_their_samples_and_are_not_kept(variant: str, is_native: bool) -> None:
+    """A model overflows although its weights are finite."""
+    model = tiny_model(tiny_config(**VARIANTS[variant]))
+    with torch.no_grad():
+        model.get_submodule("layers.0.mlp.up").weight[0] = 1e30  # type: ignore[index,operator]
+    with native(is_native):
+        engine = make_engine(model)
+        broken = [request([3, 5, 9, 2] * 4, 6, n=2), request([3, 5, 9, 2] * 4, 6)]
+        samples = [sequence for item in broken for sequence in engine.add(item)]
+        ended = {}
+        while engine.has_work():
+            ended |= {item.sequence: (item.finish_reason, item.error, item.token) for item in engine.step().outputs}
+        assert ended == {sequence: ("abort", NOT_FINITE, None) for sequence in samples}
+        assert engine.blocks.num_free_blocks == engine.config.num_blocks
+        assert engine.scheduler.totals.num_prefix_hits == 0, "nothing of it is found again"
 
 
 def test_invariants_are_checked_when_asked() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,12 +11,24 @@ import pytest
 import torch
 
 from lrt_core.checkpoint import CheckpointError, load_model, save_checkpoint
+from lrt_core.hardware import has_fast_bf16
 from lrt_core.kernels import is_native, native
-from lrt_core.native_model import NativeModel, Quantization
+from lrt_core.native_model import NativeModel, Quantization, can_take
 from lrt_core.official_tokenizer import CHAT_TEMPLATE
 from lrt_core.paged import PagedPool
 from server.engine import loader
-from server.engine.loader import LoadError, LoadOptions, fingerprint, is_small, load_chat_template, load_engine, resolve
+from server.engine.loader import (
+    LoadError,
+    LoadOptions,
+    default_window,
+    fingerprint,
+    is_bf16_fast,
+    is_small,
+    load_chat_template,
+    load_engine,
+    prompt_rows,
+    resolve,
+)
 from tests.engines import oracle, request
 from tests.helpers import tiny_config, tiny_model, tiny_tokenizer
 
@@ -64,6 +77,15 @@ def test_forms_of_weights(checkpoint: Path, tmp_path: Path) -> None:
         load_engine(LoadOptions(plain, quantize="int8-memory"))
 
 
+def test_a_shape_that_native_code_does_not_take_is_served_as_torch_serves() -> None:
+    shape = replace(CONFIG, num_heads=32, num_kv_heads=1, hidden_size=32 * CONFIG.head_dim)
+    assert can_take(CONFIG, "cpu") == is_native() and not can_take(shape, "cpu") and not can_take(CONFIG, "cuda")
+    assert default_window(shape, "cpu") == 128 and prompt_rows(16, shape, "cpu") is None
+    assert is_bf16_fast(shape, "cpu") == has_fast_bf16("cpu")
+    assert prompt_rows(16, CONFIG, "cpu") == (16 if is_native() else None)
+    assert prompt_rows(16, CONFIG, "cuda") is None and prompt_rows(16, replace(CONFIG, recurrence=None), "cpu") is None
+
+
 def test_ends_are_the_generation_configs(checkpoint: Path) -> None:
     engine = load_engine(LoadOptions(checkpoint, dtype="float32"))
     assert engine.engine.eos_ids == tiny_tokenizer().eos_ids
@@ -75,7 +97,7 @@ def test_the_type_follows_machine_and_size(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, small: bool, native: bool
 ) -> None:
     monkeypatch.setattr(loader, "has_fast_bf16", lambda device: fast and not native)
-    monkeypatch.setattr(loader, "is_native", lambda: fast and native)
+    monkeypatch.setattr(loader, "can_take", lambda config, device: fast and native)
     monkeypatch.setattr(loader, "SMALL_MODEL", 10**9 if small else 1)
     assert is_small(CONFIG, "cpu") == small and not is_small(CONFIG, "cuda")
     runner = load_engine(LoadOptions(checkpoint)).engine.runner

@@ -44,7 +44,7 @@ def test_a_process_from_start_to_a_clean_end(checkpoint: Path) -> None:
     with server(checkpoint, "--max-model-len", "2000", "--kv-cache-memory", "8M") as (process, line, url):
         assert re.fullmatch(
             rf"INFO: serving tiny \({re.escape(str(checkpoint))}\): recurrence layerwise, source layer 2; float32, "
-            r"(native|torch) kernels; cache of \d+ tokens; listening on http://127\.0\.0\.1:\d+\n",
+            r"(native kernels \(\w+\)|torch kernels); cache of \d+ tokens; listening on http://127\.0\.0\.1:\d+\n",
             line,
         )
         body = {"model": "tiny", "prompt": "def f", "max_tokens": 8, "temperature": 0, "ignore_eos": True}

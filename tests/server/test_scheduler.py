@@ -88,6 +88,20 @@ def test_prompts_share_their_rows_where_these_are_dear() -> None:
     assert more[4].status is Status.WAITING
 
 
+def test_an_urgent_prompt_takes_the_shared_rows_at_once() -> None:
+    scheduler = make_scheduler(window=8, num_prompt_rows=8, max_num_seqs=20, num_blocks=200)
+    slow = [add(scheduler, 30, priority=5) for _ in range(9)]
+    assert [count for _, _, count in step(scheduler)] == [1] * 8
+    urgent = [add(scheduler, 12, priority=-5) for _ in range(2)]
+    assert step(scheduler) == [(urgent[0], 0, 4), (urgent[1], 0, 4)]
+    scheduler.finish(urgent[1], "abort")
+    assert step(scheduler) == [(urgent[0], 4, 8)]
+    assert step(scheduler)[0] == (urgent[0], 12, 1), "decodes"
+    assert [sequence for sequence, _, _ in step(scheduler)] == [urgent[0], *slow[:8]], "the others go on where they stood"
+    urgent.append(add(scheduler, 3, priority=-5))
+    assert step(scheduler)[1:] == [(urgent[2], 0, 3), *((sequence, 3, 1) for sequence in slow[:5])], "and take what is left"
+
+
 def test_an_unsettled_window_starts_again_behind_what_settled() -> None:
     scheduler = make_scheduler(window=8)
     add(scheduler, 30)

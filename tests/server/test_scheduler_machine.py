@@ -121,14 +121,16 @@ class Load:
         budget, num_rows = self.config.max_num_batched_tokens - len(decoding), self.config.num_prompt_rows
         if num_rows is None:
             return sum(self.wanted(sequence) for sequence in reading) >= budget
-        return len(reading) >= min(num_rows, budget)
+        priority = self.scheduler.waiting[0].rank[0]
+        return sum(sequence.rank[0] <= priority for sequence in reading) >= min(num_rows, budget)
 
     def parted(self, before: Before) -> tuple[list[Sequence], list[Sequence]]:
         """Those that decode, and the prompts in the order in which they are served: newcomers last."""
         stayed = [sequence for sequence in self.scheduler.running if sequence in before.computed]
         newcomers = [sequence for sequence in self.scheduler.running if sequence not in before.computed]
         decoding = [sequence for sequence in stayed if sequence.num_uncomputed_tokens == 1]
-        return decoding, [sequence for sequence in stayed if sequence.num_uncomputed_tokens > 1] + newcomers
+        reading = [sequence for sequence in stayed if sequence.num_uncomputed_tokens > 1] + newcomers
+        return decoding, reading if self.config.num_prompt_rows is None else sorted(reading, key=lambda one: one.rank)
 
     @staticmethod
     def wanted(sequence: Sequence) -> int:
@@ -142,17 +144,19 @@ class Load:
     def check_windows(self, before: Before, windows: list[ScheduledWindow]) -> None:
         """Every decoding sequence has its row; then come windows, by rank, until the budget is spent; then newcomers.
 
-        Prompts that share rows have equal parts of them."""
+        Prompts of one priority that share rows have equal parts of what those of better ones have left."""
         running = self.scheduler.running
         decoding, reading = self.parted(before)
         budget, num_rows = self.config.max_num_batched_tokens - len(decoding), self.config.num_prompt_rows
         expected = dict.fromkeys(decoding, 1)
+        budget = budget if num_rows is None else min(budget, num_rows)
+        parts: dict[int, int] = {}
         for sequence in reading:
-            part = budget if num_rows is None else max(1, num_rows // len(reading))
+            priority = sequence.rank[0]
+            num_alike = sum(one.rank[0] == priority for one in reading)
+            part = budget if num_rows is None else parts.setdefault(priority, max(1, budget // num_alike))
             expected[sequence] = min(self.wanted(sequence), part, budget)
             budget -= expected[sequence]
-        if num_rows is not None:
-            assert sum(expected[sequence] for sequence in reading) <= max(num_rows, len(reading))
         scheduled = {window.sequence: window.num_tokens for window in windows}
         assert len(scheduled) == len(windows)
         assert scheduled == {sequence: count for sequence, count in expected.items() if count > 0}
