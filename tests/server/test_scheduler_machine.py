@@ -79,6 +79,7 @@ class Load:
     def step(self) -> None:
         before = self.before()
         windows = self.scheduler.schedule()
+        first = self.scheduler.running[:1]
         self.check_ranks(before)
         self.check_windows(before, windows)
         self.check_totals(before)
@@ -87,8 +88,8 @@ class Load:
         self.ledger.begin(windows)
         for window in windows:
             self.settle(window)
-        first = before.running[:1]
-        assert all(sequence.num_computed_tokens > before.computed[sequence] for sequence in first), "the first in rank gets on"
+        starts = {window.sequence: window.start for window in windows}
+        assert all(sequence.num_computed_tokens > starts[sequence] for sequence in first), "the first in rank gets on"
 
     def before(self) -> Before:
         running, waiting = list(self.scheduler.running), list(self.scheduler.waiting)
