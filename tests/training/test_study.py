@@ -129,6 +129,8 @@ def test_the_plain_model_between_its_budgets() -> None:
     points = [(2.0**k, 3.0 - k + k * k / 8) for k in (0, 1, 2, 4)]
     assert table.interpolated(points, 2.0**1.5) == pytest.approx(3.0 - 1.5 + 1.5**2 / 8), "a parabola over log x is met"
     assert table.interpolated(points, 2.0) == pytest.approx(2.125)
+    uneven = [(x, x**-0.3) for x in (1.0, 1.5, 2.25, 100.0)]
+    assert table.interpolated(uneven, 7.0) == pytest.approx(7.0**-0.3, abs=0.04), "both neighbours count, however far"
     assert table.interpolated(points, 16.2) == table.interpolated(points, 16.0) == pytest.approx(1.0)
     assert table.interpolated(points, 17.0) is None and table.interpolated(points, 0.9) is None
     assert table.interpolated([(100, 1.0), (100, 0.9), (200, 0.8)], 100) == pytest.approx(0.95)

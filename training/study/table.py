@@ -1,8 +1,8 @@
 """The figures of a study: a row per variant and budget, each beside the plain model at equal tokens, compute and time.
 
-The plain model's BPB between its own budgets is interpolated by the parabola through the three budgets that are nearest, over
-the logarithm of what is equal: a straight line would lie above the curve, to the recurrence's favour. Beyond them nothing is
-said. Neighbours: `report.py`, `plots.py`.
+The plain model's BPB between its own budgets is interpolated by the parabola through the budgets around it and the nearest
+other, over the logarithm of what is equal: a straight line would lie above the curve, to the recurrence's favour. Beyond them
+nothing is said. Neighbours: `report.py`, `plots.py`.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ NEAR = 0.03
 
 
 def interpolated(points: Sequence[tuple[float, float]], x: float) -> float | None:
-    """The parabola over log x through the three points (x > 0, y) that are nearest to x, of two the line; None outside of them.
+    """The parabola over log x through the points (x > 0, y) on both sides of x and the nearest other; of two the line.
 
-    Points of one x count as their mean.
+    None outside of them. Points of one x count as their mean.
     """
     by_x: dict[float, list[float]] = {}
     for place, value in points:
@@ -110,7 +110,9 @@ def interpolated(points: Sequence[tuple[float, float]], x: float) -> float | Non
     if not places or not places[0] / (1 + NEAR) <= x <= places[-1] * (1 + NEAR):
         return None
     at = math.log(min(max(x, places[0]), places[-1]))
-    nearest = sorted(places, key=lambda place: abs(math.log(place) - at))[:3]
+    above = next((index for index, place in enumerate(places) if math.log(place) >= at), len(places) - 1)
+    around = places[max(0, above - 1) : above + 1]
+    nearest = sorted(places, key=lambda place: (place not in around, abs(math.log(place) - at)))[:3]
     known = [(math.log(place), statistics.mean(by_x[place])) for place in nearest]
     # Lagrange's form: exact at the points.
     return sum(value * math.prod((at - other) / (own - other) for other, _ in known if other != own) for own, value in known)
