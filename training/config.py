@@ -81,6 +81,7 @@ class TrainingConfig:
     shards: the folder of tokenised data, to share it among runs; None for one in the run's folder.
     prompt_cuts: during the warmdown, the share of likely prompt ends at which text is cut (`packing.encode_with_cuts`).
     compile: torch.compile of what a layer does beside attention. recompute: activation checkpointing: less memory, more time.
+    cuda_graphs: on CUDA, in a run of one process, launch a step's kernels all at once (`gradients.py`).
     batch_size: rows of `model.sequence_len` tokens per step; accumulate: in so many parts, one after the other, on each rank.
     eval_rows: rows of each evaluation; fill_eval_rows: with short documents where long ones give too few. *_every: in steps.
     keep_last, keep_best: which saved states stay (`state.py`).
@@ -113,6 +114,7 @@ class TrainingConfig:
     precision: Precision = "auto"
     compile: bool = False
     recompute: bool = False
+    cuda_graphs: bool = True
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
 
@@ -127,7 +129,7 @@ class TrainingConfig:
             self.batch_size % self.accumulate == 0,
             f"accumulate: a batch of {self.batch_size} rows cannot be cut into {self.accumulate} equal parts",
         )
-        for name in ("chat", "compile", "recompute", "keep_best", "fill_eval_rows"):
+        for name in ("chat", "compile", "recompute", "cuda_graphs", "keep_best", "fill_eval_rows"):
             _require(type(getattr(self, name)) is bool, f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("warmup", "warmdown", "prompt_cuts"):
             _require(0 <= getattr(self, name) <= 1, f"{name} is a fraction, got {getattr(self, name)!r}")
@@ -176,7 +178,7 @@ class TrainingConfig:
 
 
 _LATER: dict[str, dict[str, Any]] = {
-    "run": {"fill_eval_rows": False},
+    "run": {"fill_eval_rows": False, "cuda_graphs": False},
     "optimizer": {},
     "guard": {"skip_factor": GuardConfig.skip_factor},
 }
@@ -229,7 +231,7 @@ PRESETS = {
             num_heads=4,
             num_kv_heads=2,
             hidden_size=256,
-            recurrence=RecurrenceConfig(source_layer=4),
+            recurrence=RecurrenceConfig(source_layer=3),
         ),
         num_steps=3200,
         batch_size=8,

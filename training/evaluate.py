@@ -45,7 +45,7 @@ def bits_per_byte(token_losses: Tensor, targets: Tensor, byte_lengths: Tensor) -
 def text_sums(token_losses: Tensor, targets: Tensor, byte_lengths: Tensor) -> tuple[Tensor, Tensor]:
     """What bits per byte divide, as sums over the targets that are text: losses in nats, and bytes; each float64 []."""
     num_bytes = byte_lengths[targets.clamp(min=0)].masked_fill(targets == IGNORE, 0)
-    return token_losses.double()[num_bytes > 0].sum(), num_bytes.sum().double()
+    return token_losses.double().masked_fill(num_bytes == 0, 0.0).sum(), num_bytes.sum().double()
 
 
 def merge(passes: list[PassLosses]) -> Tensor:

@@ -81,6 +81,9 @@ def _add_settings(settings: argparse._ArgumentGroup) -> None:
     settings.add_argument("--precision", choices=get_args(Precision))
     settings.add_argument("--compile", action="store_true", default=None, help="torch.compile of the layers")
     settings.add_argument(
+        "--no-cuda-graphs", action="store_false", default=None, dest="cuda_graphs", help="on CUDA, launch kernels one by one"
+    )
+    settings.add_argument(
         "--recompute", action="store_true", default=None, help="less memory for more time: activation checkpointing"
     )
 
@@ -116,7 +119,7 @@ _OWN_SETTINGS = (
     "compile",
     "recompute",
 )
-_KEEPING = ("save_every", "keep_last", "keep_best", "eval_every", "log_every")
+_KEEPING = ("save_every", "keep_last", "keep_best", "eval_every", "log_every", "cuda_graphs")
 """Settings that change nothing in what is trained."""
 _FIXED_SETTINGS = (*_OWN_SETTINGS[:2], *option_names(), *RECURRENCE_SETTINGS, *_OWN_SETTINGS[2:])
 """Those that hold for a whole run; those of the schedules' options follow the schedule's own."""
@@ -139,7 +142,7 @@ def check_together(options: argparse.Namespace) -> None:
         name for name in ("init_from", "data", "shards", *_FIXED_SETTINGS, *_KEEPING) if getattr(options, name) is not None
     ]
     if options.resume is not None and given:
-        raise ValueError(f"--resume goes on with the run's own settings; --{given[0].replace('_', '-')} cannot be given")
+        raise ValueError(f"--resume goes on with the run's own settings; {_flag(given[0])} cannot be given")
 
 
 def command_of(options: argparse.Namespace) -> str:
@@ -164,7 +167,7 @@ def _given_words(options: argparse.Namespace, names: Sequence[str]) -> list[str]
     words: list[str] = []
     for name in names:
         value = getattr(options, name)
-        flag = "--steps" if name == "num_steps" else f"--{name.replace('_', '-')}"
+        flag = _flag(name)
         if value is True:
             words.append(flag)
         elif value is not None:
@@ -172,6 +175,10 @@ def _given_words(options: argparse.Namespace, names: Sequence[str]) -> list[str]
             for one in values:
                 words += [flag, _word(one)]
     return words
+
+
+def _flag(name: str) -> str:
+    return {"num_steps": "--steps", "cuda_graphs": "--no-cuda-graphs"}.get(name, f"--{name.replace('_', '-')}")
 
 
 def _word(value: object) -> str:

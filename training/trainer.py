@@ -27,14 +27,14 @@ from lrt_core.tokenizer import Tokenizer
 from training.config import Precision, TrainingConfig
 from training.data import Corpus, ShardedCorpus
 from training.distributed import ALONE, Ranks, Silent, clip_gradients
-from training.evaluate import merge, parallel_bpb, text_sums
+from training.evaluate import parallel_bpb
+from training.gradients import Gradients
 from training.guards import Guard
 from training.initial import initialize
 from training.optimizer import Optimizer, lr_scale
 from training.packing import Packer, Position, evaluation_rows
 from training.progress import Progress
 from training.run_folder import load_run_config, load_run_tokenizer, write_settings
-from training.schedules.losses import count_targets, part_of
 from training.sinks import Sink
 from training.state import (
     CONFIG_FILE,
@@ -104,6 +104,16 @@ class Trainer:
         rows = evaluation_rows(corpus.validation, tokenizer, *sizes, fill=config.fill_eval_rows)
         self.eval_rows = rows.to(self.device)
         self.byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=self.device)
+        self.gradients = Gradients(
+            self.model,
+            self.schedule,
+            self.byte_lengths,
+            ranks,
+            self.autocast,
+            accumulate=config.accumulate,
+            sharded=sharded,
+            graphed=config.cuda_graphs,
+        )
         self.num_steps_done, self.elapsed = 0, 0.0
         self.stop_requested = False
         self.damaged_states: list[str] = []
@@ -207,7 +217,8 @@ class Trainer:
         started = time.monotonic()
         in_warmdown = self.progress >= 1.0 - self.config.warmdown
         self.packer.cut_share = self.config.prompt_cuts if in_warmdown else 0.0
-        loss, nats, num_bytes = self._gradients(*self.packer.batch(self.ranks.rows(self.config.batch_size)))
+        loss, nats, num_bytes = self.gradients(*self.packer.batch(self.ranks.rows(self.config.batch_size)))
+        self._reshard()
         norm, scale = clip_gradients(self.model, self.config.optimizer.clip_norm), self._lr_scale()
         skipped = self.guard.judge(loss, norm)
         self.guard.record(loss, norm, bool(skipped))
@@ -218,31 +229,6 @@ class Trainer:
             self.num_steps_done += 1
         self.elapsed += time.monotonic() - started
         return StepResult(loss, nats / (math.log(2) * num_bytes), norm, scale, skipped)
-
-    def _gradients(self, tokens: Tensor, targets: Tensor) -> list[float]:
-        """Leave the whole batch's gradients in the model, from this rank's rows [B, T] of it in `accumulate` parts.
-
-        Returns the batch's loss, its merged forwards' loss in nats over targets that are text, and these targets' bytes.
-        """
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        tokens, targets = tokens.to(self.device), targets.to(self.device)
-        counts: list[float] = []
-        parts = zip(tokens.chunk(self.config.accumulate), targets.chunk(self.config.accumulate), strict=True)
-        for some_tokens, some_targets in parts:
-            with self.autocast():
-                losses = self.schedule(self.model, some_tokens, some_targets)
-            # Which positions a forward covers is the same for all rows, so the first part tells what to divide by.
-            counts = counts or self.ranks.sum([float(count) for count in count_targets(losses.passes, targets)])
-            own = [float(count) for count in count_targets(losses.passes, some_targets)]
-            total = part_of(losses, counts, own)
-            total.backward()  # type: ignore[no-untyped-call]
-            with torch.no_grad():
-                text = text_sums(merge(losses.passes), some_targets, self.byte_lengths)
-                sums += torch.stack([total.detach().double(), *text])
-        if not self.sharded:
-            self.ranks.reduce_gradients(self.model)
-        self._reshard()
-        return self.ranks.sum(sums.tolist())
 
     def _reshard(self) -> None:
         """Let go of what forwards left whole of a sharded model."""

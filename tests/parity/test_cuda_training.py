@@ -125,6 +125,50 @@ def test_a_run_resumes(tmp_path: Path, back_on: str) -> None:
     assert losses[3] == pytest.approx(expected[3], rel=1e-3), "the first step after resuming sees the saved weights"
 
 
+GRAPHED: dict[str, dict[str, Any]] = {
+    "interleaved": {},
+    "in parts": {"accumulate": 2},
+    "recomputed": {"recompute": True},
+    "compiled": {"compile": True},
+    "bfloat16": {"precision": "bfloat16"},
+    "multi_refine": {"schedule": "multi_refine"},
+    "chunked": {"schedule": "chunked", "chunk_len": 16},
+    "baseline": {"schedule": "baseline", "model": VARIANTS["plain"]},
+}
+
+
+@pytest.mark.parametrize("name", GRAPHED)
+def test_a_graph_trains_as_kernels_one_by_one(tmp_path: Path, name: str) -> None:
+    """To rounding, since sums of atomics have no order there; the last losses show that every batch went in."""
+    changes = {"precision": "float32", "num_steps": 8, **GRAPHED[name]}
+    eager = trainer(tmp_path / "eager", CUDA, **changes, cuda_graphs=False)
+    graphed = trainer(tmp_path / "graphed", CUDA, **changes)
+    expected, actual = ([one.step() for _ in range(8)] for one in (eager, graphed))
+    assert graphed.gradients.is_graphed and not eager.gradients.is_graphed
+    exact = 5e-3 if name == "bfloat16" else 1e-5
+    for index, tolerance in ((0, exact), (1, max(exact, 2e-3)), (-1, 0.05)):
+        one, other = actual[index], expected[index]
+        assert (one.loss, one.bpb) == pytest.approx((other.loss, other.bpb), rel=tolerance)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=10 * tolerance)
+    assert len({one.loss for one in actual}) == 8
+
+
+def test_a_schedule_that_cannot_be_recorded_runs_without_a_graph(tmp_path: Path) -> None:
+    run, other = trainer(tmp_path / "run", CUDA), trainer(tmp_path / "other", CUDA, cuda_graphs=False)
+    schedule = run.gradients.schedule
+
+    def looks(model: Any, tokens: Tensor, targets: Tensor) -> Any:
+        losses = schedule(model, tokens, targets)
+        assert math.isfinite(losses.total.item())
+        return losses
+
+    run.gradients.schedule = looks
+    with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph and runs without one"):
+        first = run.step()
+    assert not run.gradients.is_graphed
+    assert [first.loss, run.step().loss] == pytest.approx([other.step().loss, other.step().loss], rel=2e-3)
+
+
 def test_a_step_is_skipped(tmp_path: Path) -> None:
     run = trainer(tmp_path, CUDA)
     run.model.head.weight.register_hook(lambda gradient: gradient * math.nan)

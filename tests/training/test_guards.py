@@ -149,13 +149,13 @@ def test_bad_settings_are_named(field: str, value: Any, message: str) -> None:
 
 def poison(trainer: Trainer, batches: set[int], harm: Callable[[Losses], Losses]) -> None:
     """Do `harm` to the losses of these batches, counted from 0."""
-    schedule, count = trainer.schedule, iter(range(10**6))
+    schedule, count = trainer.gradients.schedule, iter(range(10**6))
 
     def poisoned(model: Any, tokens: Tensor, targets: Tensor) -> Losses:
         losses = schedule(model, tokens, targets)
         return harm(losses) if torch.is_grad_enabled() and next(count) in batches else losses
 
-    trainer.schedule = poisoned
+    trainer.gradients.schedule = poisoned
 
 
 def nan_gradients(losses: Losses) -> Losses:

@@ -61,29 +61,28 @@ def mean_of_passes(passes: list[PassLosses], targets: Tensor, weights: Sequence[
     """Every forward's mean over its targets, of targets [B, T], weighs the same, whatever their number, or as `weights` say."""
     given = weights or [1.0] * len(passes)
     shares = tuple(weight / sum(given) for weight in given)
-    return Losses(_weighted(passes, shares, [counts.clamp(min=1) for counts in count_targets(passes, targets)]), passes, shares)
+    return Losses(_weighted(passes, shares, count_targets(passes, targets).clamp(min=1)), passes, shares)
 
 
-def count_targets(passes: list[PassLosses], targets: Tensor) -> list[Tensor]:
-    """How many of targets [B, T] each forward is scored on."""
-    return [(targets[:, one.positions] != IGNORE).sum() for one in passes]
+def count_targets(passes: list[PassLosses], targets: Tensor) -> Tensor:
+    """How many of targets [B, T] each of P forwards is scored on: float64 [P], on their device."""
+    return torch.stack([(targets[:, one.positions] != IGNORE).sum() for one in passes]).double()
 
 
-def part_of(losses: Losses, counts: Sequence[float], own: Sequence[float]) -> Tensor:
+def part_of(losses: Losses, counts: Tensor, own: Tensor) -> Tensor:
     """What the rows of `losses` give to the total of a batch that they are part of; the parts of all rows sum to it.
 
-    counts, own: targets of each forward in the whole batch and in these rows. A schedule that names no shares is taken to
-    return a mean over targets, and its total weighs by their number. Rows that are the whole batch give the total itself.
+    counts, own: targets of each forward in the whole batch and in these rows, [P]. A schedule that names no shares is taken to
+    return a mean over targets, and its total weighs by their number.
     """
-    if list(own) == list(counts):
-        return losses.total
     if not losses.shares:
-        return losses.total * (sum(own) / max(1.0, sum(counts)))
-    return _weighted(losses.passes, losses.shares, [max(1.0, count) for count in counts])
+        return losses.total * (own.sum() / counts.sum().clamp(min=1))
+    return _weighted(losses.passes, losses.shares, counts.clamp(min=1))
 
 
-def _weighted(passes: list[PassLosses], shares: Sequence[float], counts: Sequence[Tensor | float]) -> Tensor:
-    means = [share * (one.token_losses.sum() / count) for one, share, count in zip(passes, shares, counts, strict=True)]
+def _weighted(passes: list[PassLosses], shares: Sequence[float], counts: Tensor) -> Tensor:
+    own = counts.to(passes[0].token_losses.dtype)
+    means = [share * (one.token_losses.sum() / count) for one, share, count in zip(passes, shares, own, strict=True)]
     return torch.stack(means).sum()
 
 

@@ -160,16 +160,17 @@ def _matrix_plan(name: str, model: ModelConfig, changes: dict[str, Any], variant
 
 def _laptop() -> Plan:
     model = _square(vocab_size=512, num_layers=4, num_heads=2)
-    return _matrix_plan("laptop", model, {**_SETTINGS, "batch_size": 16}, _matrix(model.num_layers, *_BUDGETS, num_seeds=2))
+    budgets = (2.5, 5.0, 10.0), (20.0, 30.0)
+    return _matrix_plan("laptop", model, {**_SETTINGS, "batch_size": 16}, _matrix(model.num_layers, *budgets, num_seeds=2))
 
 
 def _million() -> Plan:
     model = _square(vocab_size=1024, num_layers=6, num_heads=3)
-    return _matrix_plan("million", model, {**_SETTINGS, "batch_size": 32}, _matrix(model.num_layers, *_BUDGETS, num_seeds=2))
+    budgets = (5.0, 10.0, 20.0), (40.0, 60.0)
+    return _matrix_plan("million", model, {**_SETTINGS, "batch_size": 32}, _matrix(model.num_layers, *budgets, num_seeds=2))
 
 
 _SETTINGS = {"eval_rows": 256, "save_every": 500, "log_every": 50}
-_BUDGETS = (2.5, 5.0, 10.0), (20.0, 30.0)
 
 
 def _square(vocab_size: int, num_layers: int, num_heads: int) -> ModelConfig:
@@ -221,5 +222,5 @@ def _small() -> Plan:
 
 
 PLANS = {"laptop": _laptop, "million": _million, "small": _small, "tiny": _tiny}
-"""`laptop`: a third of a million parameters, some hours on two cores. `million`: about a million parameters, two days there.
-`small`: the bundled checkpoint's shape, a few variants; for a GPU. `tiny`: minutes at most, shows that it works."""
+"""`laptop`: a third of a million parameters, some hours on two cores. `million`: about a million parameters, for a GPU. `small`:
+the bundled checkpoint's shape, a few variants; for a GPU. `tiny`: minutes at most, shows that it works."""
