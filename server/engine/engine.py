@@ -180,7 +180,8 @@ class Engine:
     def _advance(self, result: WindowResult, output: StepOutput) -> None:
         """Apply one window's result to its sequence; when that has read its prompt, its siblings set out too."""
         window, sequence = result.window, result.window.sequence
-        sequence.advance(result.num_settled, window.num_tokens)
+        if window.num_tokens:
+            sequence.advance(result.num_settled, window.num_tokens)
         if not result.is_finite:
             self._give_up([sequence, *sequence.siblings], output)
             return

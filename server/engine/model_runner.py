@@ -82,9 +82,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, windows: SequenceABC[ScheduledWindow], copies: SequenceABC[Copy] = ()) -> list[WindowResult]:
-        """Copy blocks, then run one step; results stand in the order of the batch. Sequences are not changed (the engine does
-        that)."""
+        """Copy blocks, then run one step; results stand in the order of the batch, those that only score last. Sequences are
+        not changed (the engine does that)."""
         self._copy_blocks(copies)
+        computing = [window for window in windows if window.num_tokens]
+        results = self._compute(computing) if computing else []
+        return results + [self._score_cached(window) for window in windows if not window.num_tokens]
+
+    def _compute(self, windows: list[ScheduledWindow]) -> list[WindowResult]:
         batch = build(windows, self.pool, self.config.block_size, isinstance(self.model, NativeModel))
         recurrent = self.model.config.recurrence is not None
         memory = self.pool.load_memory(batch.memory_rows) if recurrent else None
@@ -143,17 +148,22 @@ class ModelRunner:
             sequence = result.window.sequence
             if sequence.request.prompt_logprobs is None:
                 continue
-            # Position p scores prompt token p + 1; after a preemption those scored before are not scored again, and what
-            # came from the prefix cache is scored by its latents, which are the hidden states.
+            # Position p scores prompt token p + 1; after a preemption those scored before are not scored again.
             window_start, first = result.window.start, len(sequence.prompt_logprobs)
             end = min(window_start + result.num_settled, sequence.num_prompt_tokens - 1)
-            for start, stop in self._chunks(first, min(window_start, end)):
-                slots = slots_of(sequence.block_table, start, stop, self.config.block_size)
-                cached = self.pool.load_memory(torch.tensor(slots, device=hidden.device))
-                result.prompt_logprobs += self._score(sequence, start, cached)
             for start, stop in self._chunks(max(first, window_start), end):
                 rows = hidden[offset + start - window_start : offset + stop - window_start]
                 result.prompt_logprobs += self._score(sequence, start, rows)
+
+    def _score_cached(self, window: ScheduledWindow) -> WindowResult:
+        """Score what came from the prefix cache by its latents, which are the hidden states."""
+        result, sequence = WindowResult(window, 0, None), window.sequence
+        first = len(sequence.prompt_logprobs)
+        for start, stop in self._chunks(first, first + window.num_scored):
+            slots = slots_of(sequence.block_table, start, stop, self.config.block_size)
+            cached = self.pool.load_memory(torch.tensor(slots, device=self.pool.latents.device))
+            result.prompt_logprobs += self._score(sequence, start, cached)
+        return result
 
     def _score(self, sequence: Sequence, start: int, hidden: Tensor) -> list[TokenLogprob]:
         """Logprobs of the prompt tokens behind positions start, start + 1, ..., from their hidden states [R, D]."""

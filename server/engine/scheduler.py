@@ -20,11 +20,19 @@ from server.engine.sequence import Sequence, Status
 
 
 class ScheduledWindow(NamedTuple):
-    """`num_tokens` positions of a sequence from its first unsettled one (`start`) on."""
+    """`num_tokens` positions of a sequence from its first unsettled one (`start`) on.
+
+    Or none of them yet, and instead logprobs of `num_scored` prompt tokens that the prefix cache had settled.
+    """
 
     sequence: Sequence
     start: int
     num_tokens: int
+    num_scored: int = 0
+
+
+SCORED_PER_ROW = 4
+"""Cached positions that are scored for a row of the budget: they cost the head alone."""
 
 
 @dataclass
@@ -92,7 +100,7 @@ class Scheduler:
         windows: list[ScheduledWindow] = []
         reading = []
         for sequence in self.running:
-            if sequence.num_uncomputed_tokens == 1:
+            if sequence.num_uncomputed_tokens == 1 and not sequence.num_unscored_tokens:
                 windows.append(ScheduledWindow(sequence, sequence.num_computed_tokens, 1))
             else:
                 reading.append(sequence)
@@ -147,7 +155,11 @@ class Scheduler:
         self.add(sequence)
 
     def _schedule_window(self, sequence: Sequence, budget: int, windows: list[ScheduledWindow]) -> int:
+        """Add the sequence's window, of at most `budget` rows; returns how many it takes."""
         assert sequence.window is not None
+        if num_scored := min(sequence.num_unscored_tokens, SCORED_PER_ROW * budget):
+            windows.append(ScheduledWindow(sequence, sequence.num_computed_tokens, 0, num_scored))
+            return -(-num_scored // SCORED_PER_ROW)
         num_tokens = min(sequence.window.width, sequence.num_uncomputed_tokens, budget)
         if num_tokens > 0:
             windows.append(ScheduledWindow(sequence, sequence.num_computed_tokens, num_tokens))

@@ -119,6 +119,16 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def num_unscored_tokens(self) -> int:
+        """Prompt tokens whose logprobs are asked for and not yet made, though the positions before them are settled.
+
+        They came from the prefix cache: a step scores what it settles.
+        """
+        if self.request.prompt_logprobs is None or self.num_output_tokens > 0:
+            return 0
+        return max(0, min(self.num_computed_tokens, self.num_prompt_tokens - 1) - len(self.prompt_logprobs))
+
+    @property
     def finished(self) -> bool:
         """Whether it has ended."""
         return self.status is Status.FINISHED

@@ -22,7 +22,7 @@ from server.engine.config import EngineConfig
 from server.engine.engine import Engine, SequenceOutput
 from server.engine.model_runner import WindowResult
 from server.engine.request import TokenLogprob
-from server.engine.scheduler import ScheduledWindow
+from server.engine.scheduler import SCORED_PER_ROW, ScheduledWindow
 from server.engine.sequence import Sequence, Status
 from tests.engines import engine_config, request
 from tests.server.ledger import EOS, STEMS, VOCAB_SIZE, Ledger
@@ -38,6 +38,7 @@ class TokenRunner:
         self.config, self.model = config, SimpleNamespace(dtype=torch.float32, config=model_config)
         self.ledger = Ledger(config.num_blocks, config.block_size)
         self.random = random.Random(0)
+        self.num_scoring_rows = 0
 
     def execute(self, windows: SequenceABC[ScheduledWindow], copies: SequenceABC[Copy] = ()) -> list[WindowResult]:
         size = self.config.block_size
@@ -45,8 +46,20 @@ class TokenRunner:
         for _, target in copies:
             assert all(table.index(target) == index for table, index in tables if target in table), "copied without need"
         self.ledger.copy(copies)
-        self.ledger.begin(windows)
-        return [self.settle(window) for window in windows]
+        computing = [window for window in windows if window.num_tokens]
+        self.num_scoring_rows = sum(-(-window.num_scored // SCORED_PER_ROW) for window in windows)
+        self.ledger.begin(computing)
+        scoring = [self.score(window) for window in windows if not window.num_tokens]
+        return [self.settle(window) for window in computing] + scoring
+
+    def score(self, window: ScheduledWindow) -> WindowResult:
+        """Score what the prefix cache has settled."""
+        sequence, first = window.sequence, len(window.sequence.prompt_logprobs)
+        assert self.model.config.latents_are_hidden, "the cache has no scores"
+        assert sequence.num_output_tokens == 0 and window.num_scored > 0
+        assert first + window.num_scored <= min(window.start, sequence.num_prompt_tokens - 1)
+        scored = [TokenLogprob(sequence.token_ids[first + index + 1], -1.0) for index in range(window.num_scored)]
+        return WindowResult(window, 0, None, prompt_logprobs=scored)
 
     def settle(self, window: ScheduledWindow) -> WindowResult:
         """Settle as many rows as chance has it."""
@@ -56,7 +69,7 @@ class TokenRunner:
         end = window.start + num_settled
         if sequence.request.prompt_logprobs is not None:
             first, last = len(sequence.prompt_logprobs), sequence.num_prompt_tokens - 1
-            assert self.model.config.latents_are_hidden or min(window.start, last) <= first, "the cache has no scores"
+            assert min(window.start, last) <= first, "the cache's part comes before"
             scored = range(first, min(end, last))
             result.prompt_logprobs = [TokenLogprob(sequence.token_ids[position + 1], -1.0) for position in scored]
         if end == sequence.num_tokens < sequence.max_num_tokens:
@@ -151,8 +164,9 @@ class EngineMachine(RuleBasedStateMachine):
         first = self.scheduler.running[:1]
         computed = [(sequence, sequence.num_computed_tokens) for sequence in first]
         output = self.engine.step()
-        assert output.stats.num_scheduled_tokens > 0, "with work there is a window"
-        assert output.stats.num_scheduled_tokens <= self.engine.config.max_num_batched_tokens
+        num_rows = output.stats.num_scheduled_tokens + self.runner.num_scoring_rows
+        assert num_rows > 0, "with work there is a window"
+        assert num_rows <= self.engine.config.max_num_batched_tokens
         for sequence, before in computed:
             assert sequence.finished or sequence.status is Status.RUNNING, "the first in rank was preempted"
             assert sequence.num_computed_tokens > before, "the first in rank gets on"

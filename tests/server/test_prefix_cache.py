@@ -9,6 +9,9 @@ import torch
 
 from lrt_core.generate import read
 from server.engine.block_manager import BlockManager
+from server.engine.engine import SequenceOutput
+from server.engine.model_runner import WindowResult
+from server.engine.scheduler import ScheduledWindow
 from server.engine.sequence import Sequence
 from tests.engines import Outcome, make_engine, oracle, request, run
 from tests.helpers import VARIANTS, random_ids, tiny_config, tiny_model
@@ -209,6 +212,34 @@ def test_prompt_logprobs_come_from_cached_latents_or_a_new_reading(variant: str,
         assert outcome.token_ids == oracle(model, item)
         assert scores(outcome, ids) == pytest.approx(wanted, abs=1e-4)
     assert run(engine, [request(ids, 3)]).total("num_prefix_hits") == 36, "without logprobs everyone shares"
+
+
+def test_a_long_hit_is_scored_within_the_budget_beside_who_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step never scores more than the budget has rows for, and nobody who decodes waits for it."""
+    model, ids = tiny_model(tiny_config(**VARIANTS["layerwise"])), random_ids(80)
+    engine = make_engine(model, max_num_seqs=2, max_num_batched_tokens=4)
+    expected = scores(run(engine, [request(ids, 0, prompt_logprobs=1)]).outcomes[0][0], ids)
+    scored: list[int] = []
+    score = engine.runner._score_cached
+
+    def counted(window: ScheduledWindow) -> WindowResult:
+        scored.append(window.num_scored)
+        return score(window)
+
+    monkeypatch.setattr(engine.runner, "_score_cached", counted)
+    [decoding] = engine.add(request([5, 6, 7], 30))
+    while not decoding.num_output_tokens:
+        engine.step()
+    [sequence] = engine.add(request(ids, 0, prompt_logprobs=1))
+    outputs: list[SequenceOutput] = []
+    while not sequence.finished:
+        before = decoding.num_output_tokens
+        outputs += engine.step().outputs
+        assert decoding.num_output_tokens == before + 1
+    assert (sequence.num_cached_tokens, sum(scored), max(scored)) == (76, 76, 12)
+    entries = next(item.prompt_logprobs for item in outputs if item.sequence is sequence)
+    assert entries is not None
+    assert [entry.logprob for entry in entries[1:]] == pytest.approx(expected, abs=1e-5)
 
 
 def scores(outcome: Outcome, ids: list[int]) -> list[float | None]:

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
+from server.engine.request import TokenLogprob
 from server.engine.scheduler import ScheduledWindow, Scheduler, Totals
 from server.engine.sequence import Sequence, Status
 from tests.server.ledger import EOS, STEMS, VOCAB_SIZE, Ledger, make_request
@@ -88,8 +89,10 @@ class Load:
         self.ledger.begin(windows)
         for window in windows:
             self.settle(window)
-        starts = {window.sequence: window.start for window in windows}
-        assert all(sequence.num_computed_tokens > starts[sequence] for sequence in first), "the first in rank gets on"
+        windows_of = {window.sequence: window for window in windows}
+        for sequence in first:
+            window = windows_of[sequence]
+            assert sequence.num_computed_tokens > window.start or window.num_scored, "the first in rank gets on"
 
     def before(self) -> Before:
         running, waiting = list(self.scheduler.running), list(self.scheduler.waiting)
@@ -129,13 +132,16 @@ class Load:
         """Those that decode, and the prompts in the order in which they are served: newcomers last."""
         stayed = [sequence for sequence in self.scheduler.running if sequence in before.computed]
         newcomers = [sequence for sequence in self.scheduler.running if sequence not in before.computed]
-        decoding = [sequence for sequence in stayed if sequence.num_uncomputed_tokens == 1]
-        reading = [sequence for sequence in stayed if sequence.num_uncomputed_tokens > 1] + newcomers
+        decoding = [one for one in stayed if one.num_uncomputed_tokens == 1 and not one.num_unscored_tokens]
+        reading = [sequence for sequence in stayed if sequence not in decoding] + newcomers
         return decoding, reading if self.config.num_prompt_rows is None else sorted(reading, key=lambda one: one.rank)
 
     @staticmethod
     def wanted(sequence: Sequence) -> int:
+        """Rows, a quarter of one for a cached position that waits for its logprob."""
         assert sequence.window is not None
+        if sequence.num_unscored_tokens:
+            return -(-sequence.num_unscored_tokens // 4)
         return min(sequence.window.width, sequence.num_uncomputed_tokens)
 
     def may_share(self, sequence: Sequence) -> bool:
@@ -158,7 +164,11 @@ class Load:
             part = budget if num_rows is None else parts.setdefault(priority, max(1, budget // num_alike))
             expected[sequence] = min(self.wanted(sequence), part, budget)
             budget -= expected[sequence]
-        scheduled = {window.sequence: window.num_tokens for window in windows}
+        for window in windows:
+            unscored, rows = window.sequence.num_unscored_tokens, expected[window.sequence]
+            assert window.num_scored == min(unscored, 4 * rows)
+            assert not (window.num_tokens and unscored), "what is cached is scored before the rest is computed"
+        scheduled = {window.sequence: window.num_tokens or -(-window.num_scored // 4) for window in windows}
         assert len(scheduled) == len(windows)
         assert scheduled == {sequence: count for sequence, count in expected.items() if count > 0}
         assert all(sequence in scheduled for sequence in decoding), "a decoding sequence was left out"
@@ -180,9 +190,15 @@ class Load:
 
     def settle(self, window: ScheduledWindow) -> None:
         """As many rows as chance has it; behind the last one a token, and the siblings set out."""
-        sequence, num_settled = window.sequence, self.random.randint(1, window.num_tokens)
+        sequence = window.sequence
+        if not window.num_tokens:
+            sequence.prompt_logprobs += [TokenLogprob(0, -1.0)] * window.num_scored
+            return
+        num_settled = self.random.randint(1, window.num_tokens)
         self.ledger.settle(sequence, window.start, num_settled)
         sequence.advance(num_settled, window.num_tokens)
+        if sequence.request.prompt_logprobs is not None:
+            sequence.prompt_logprobs += [TokenLogprob(0, -1.0)] * sequence.num_unscored_tokens
         self.blocks.register(sequence)
         if sequence.num_uncomputed_tokens > 0:
             return
