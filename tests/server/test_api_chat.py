@@ -250,3 +250,29 @@ def test_a_real_engine_ends_at_the_turns_end() -> None:
         assert completion["text"] == choice["message"]["content"]
         entries = choice["logprobs"]["content"]
         assert [entry["logprob"] for entry in entries] == pytest.approx(completion["logprobs"]["token_logprobs"], abs=1e-5)
+
+
+def test_a_second_turn_finds_the_first_and_its_answer() -> None:
+    """Whole blocks of four; of an answer that ended by its length the last token was never fed."""
+    engine, conversation = AsyncEngine(make_engine(), TOKENIZER), [said("hello there")]
+    letters = [*range(ord("A"), ord("H"))]  # which no merge joins, so that the answer is cut again as it was
+    with TestClient(make_app(engine)) as client:
+
+        def ask(**fields: Any) -> tuple[dict[str, Any], int]:
+            body = {"messages": conversation, "return_token_ids": True, "allowed_token_ids": letters, "max_tokens": 14}
+            answer = client.post("/v1/chat/completions", json=body | fields).json()
+            details = answer["usage"]["prompt_tokens_details"]
+            return answer["choices"][0], details["cached_tokens"] if details else 0
+
+        first, num_cached = ask(seed=3)
+        assert num_cached == 0
+        conversation += [said(first["message"]["content"], "assistant"), said("and then")]
+        second, num_cached = ask(seed=4, logprobs=True)
+        shared = [*first["prompt_token_ids"], *first["token_ids"]]
+        assert second["prompt_token_ids"][: len(shared)] == shared
+        assert num_cached == (len(shared) - 1) // 4 * 4 > len(first["prompt_token_ids"])
+        cold, num_cached = ask(seed=4, logprobs=True, cache_salt="cold")
+        assert num_cached == 0
+        assert cold["token_ids"] == second["token_ids"]
+        values = [[entry["logprob"] for entry in one["logprobs"]["content"]] for one in (second, cold)]
+        assert values[0] == pytest.approx(values[1], abs=1e-5)
