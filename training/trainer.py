@@ -112,7 +112,7 @@ class Trainer:
             self.autocast,
             accumulate=config.accumulate,
             sharded=sharded,
-            graphed=config.cuda_graphs,
+            graphed=config.cuda_graphs and not config.compile,
         )
         self.num_steps_done, self.elapsed = 0, 0.0
         self.stop_requested = False

@@ -129,7 +129,6 @@ GRAPHED: dict[str, dict[str, Any]] = {
     "interleaved": {},
     "in parts": {"accumulate": 2},
     "recomputed": {"recompute": True},
-    "compiled": {"compile": True},
     "bfloat16": {"precision": "bfloat16"},
     "multi_refine": {"schedule": "multi_refine"},
     "chunked": {"schedule": "chunked", "chunk_len": 16},

@@ -222,5 +222,5 @@ def _small() -> Plan:
 
 
 PLANS = {"laptop": _laptop, "million": _million, "small": _small, "tiny": _tiny}
-"""`laptop`: a third of a million parameters, some hours on two cores. `million`: about a million parameters, for a GPU. `small`:
-the bundled checkpoint's shape, a few variants; for a GPU. `tiny`: minutes at most, shows that it works."""
+"""`laptop`: a third of a million parameters, some hours on two cores. `million`: about a million parameters, for a GPU.
+`small`: the bundled checkpoint's shape, a few variants; for a GPU. `tiny`: minutes at most, shows that it works."""
