@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from server.bench.arguments import TRAIN, parse
+from server.bench.arguments import SEVERAL_MODELS, TRAIN, parse
 from server.bench.errors import BenchError
 from server.bench.report import Report
 
@@ -56,7 +56,7 @@ def _measure(args: argparse.Namespace, report: Report) -> None:
     """Raises BenchError for everything that its user can do something about."""
     # Imported here, after the flags are known to be right: they bring torch, which takes seconds.
     from lrt_core.checkpoint import BUNDLED, CheckpointError, load_config
-    from server.bench import checkpoint, growth, kernels, offline, prefill, scheduler, serve, shapes
+    from server.bench import beside, checkpoint, growth, kernels, offline, prefill, scheduler, serve, shapes
     from server.bench.limits import measure_limits
     from server.bench.model import set_threads
 
@@ -66,11 +66,12 @@ def _measure(args: argparse.Namespace, report: Report) -> None:
         limits = measure_limits()
         report.head["limits"] = limits.to_dict()
         print(limits.row(), flush=True)
-        if args.mode in ("offline", "prefill", "growth"):
+        if args.mode in SEVERAL_MODELS:
             set_threads(args, shapes.D12 if args.model == shapes.D12_NAME else load_config(args.model or BUNDLED))
         modes = {
             "offline": offline,
             "prefill": prefill,
+            "beside": beside,
             "serve": serve,
             "kernels": kernels,
             "growth": growth,

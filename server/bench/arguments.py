@@ -14,6 +14,8 @@ from server.bench.shapes import D12_NAME, VARIANTS
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 DTYPES = ("auto", "float32", "bfloat16")
+SEVERAL_MODELS = ("offline", "prefill", "beside", "growth")
+"""Modes that measure several variants of the bench model in this process."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,7 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if problem is not None:
         parser.error(problem)
     if "variant" in args and args.variant is None:
-        args.variant = list(VARIANTS) if args.mode in ("offline", "prefill", "growth") else ["layerwise"]
+        args.variant = list(VARIANTS) if args.mode in SEVERAL_MODELS else ["layerwise"]
     if args.mode == "serve":
         key = os.environ.get(KEY_VARIABLE, "")
         args.api_key = key if args.api_key is None else args.api_key
@@ -98,6 +100,16 @@ def _offline(parser: argparse.ArgumentParser) -> None:
 def _prefill(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     _sizes(parser, 256)
+    _common(parser)
+
+
+def _beside(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("--clients", type=_at_least(1), nargs="+", default=[1, 8], metavar="N")
+    _sizes(parser, 2000)
+    parser.add_argument(
+        "--max-steps", type=_at_least(64), default=1024, metavar="N", help="of one repetition (default %(default)s)"
+    )
     _common(parser)
 
 
@@ -168,6 +180,7 @@ TRAIN = "train"
 _MODES: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "offline": (_offline, "the engine alone: decoding, and what recurrence costs"),
     "prefill": (_prefill, "the engine alone: reading a prompt by windows, token by token, and without recurrence"),
+    "beside": (_beside, "a decode step's time while a long prompt is read beside it"),
     "serve": (_serve, "a server under HTTP load, beside the engine alone or another server"),
     "kernels": (_kernels, "each native kernel against its torch twin and the machine's limits"),
     "growth": (_growth, "a step's time against batch and context, a prompt's against its length"),
