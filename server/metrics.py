@@ -86,6 +86,7 @@ class EngineMetrics:
         self._cached_prompt_tokens.inc(stats.num_prefix_hits)
         if stats.num_scheduled_tokens > 0:
             self._step_tokens.observe(stats.num_scheduled_tokens)
+        if stats.num_scheduled_tokens > 0 or stats.num_scored_tokens > 0:
             self._step_seconds.observe(stats.step_seconds)
         for residual in stats.refinement_residuals:
             self._residuals.observe(residual)

@@ -81,7 +81,8 @@ class TrainingConfig:
     shards: the folder of tokenised data, to share it among runs; None for one in the run's folder.
     prompt_cuts: during the warmdown, the share of likely prompt ends at which text is cut (`packing.encode_with_cuts`).
     compile: torch.compile of what a layer does beside attention. recompute: activation checkpointing: less memory, more time.
-    cuda_graphs: on CUDA, in a run of one process that does not compile, launch a step's kernels all at once (`gradients.py`).
+    cuda_graphs: on CUDA, in a run of one process that does not compile, launch a step's kernels all at once (`gradients.py`),
+    if the schedule is fixed.
     batch_size: rows of `model.sequence_len` tokens per step; accumulate: in so many parts, one after the other, on each rank.
     eval_rows: rows of each evaluation; fill_eval_rows: with short documents where long ones give too few. *_every: in steps.
     keep_last, keep_best: which saved states stay (`state.py`).
@@ -238,4 +239,5 @@ PRESETS = {
         save_every=100,
     ),
 }
-"""`tiny` runs in seconds (tests, first try); `small` is the bundled checkpoint: a little over an hour on one CPU core."""
+"""`tiny` runs in seconds (tests, first try); `small` takes two hours of two CPU cores, and with longer and larger batches, on a
+GPU, made the bundled checkpoint."""

@@ -33,6 +33,7 @@ def finish(trainer: Trainer, directory: Path, dtype: torch.dtype = torch.bfloat1
 
     The trainer's own weights are rounded to `dtype` first, so that the figures on the card are those of the file.
     """
+    trainer.gradients.release()
     round_matrices(trainer.model, dtype)
     trainer.model.eval()
     results = Results(

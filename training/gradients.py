@@ -29,7 +29,7 @@ class Gradients:
 
     byte_lengths: of every token, on the model's device. accumulate: parts in which each rank computes its rows. autocast:
     makes the context that forwards run in. graphed: record a CUDA graph, if the model is on such a device and there is one
-    rank alone.
+    rank alone. Once it is recorded, neither the schedule nor a hook on a parameter runs as Python again.
     """
 
     def __init__(
@@ -69,16 +69,26 @@ class Gradients:
         return self.ranks.sum(sums.tolist())
 
     def _record(self, tokens: Tensor, targets: Tensor) -> None:
+        self._wants_graph = False
+        graph = _Graph(self.model, tokens, targets)
         try:
-            self._graph = _Graph(self.model, self._backward, tokens, targets)
+            graph.record(self._backward)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            # A schedule may look at the device's numbers while it runs, as eager code may and a recorded one cannot.
-            self._wants_graph = False
             self.model.zero_grad(set_to_none=True)
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"the step cannot be recorded as a CUDA graph and runs without one: {reason}", stacklevel=2)
+            cause: BaseException = error
+            while cause.__context__ is not None:  # what came first; then the end of the recording failed, too
+                cause = cause.__context__
+            reason = str(cause).strip().partition("\n")[0]
+            warnings.warn(f"the step cannot be recorded as a CUDA graph and runs without one: {reason}", stacklevel=3)
+            return
+        self._graph = graph
+
+    def release(self) -> None:
+        """Let go of the recorded step and its memory, and of the gradients; the next batch runs without a graph."""
+        self._wants_graph, self._graph = False, None
+        self.model.zero_grad(set_to_none=True)
 
     def _backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Gradients of this rank's rows, on the model's device; returns this rank's part of the three sums, float64 [3]."""
@@ -106,27 +116,29 @@ class Gradients:
 
 
 class _Graph:
-    """A function of a batch that leaves gradients in a model, recorded for batches of one shape.
+    """A function of a batch that leaves gradients in a model, recorded for batches of one shape."""
 
-    Recording runs it a few times, with no gradients left of it. RuntimeError when it does what cannot be recorded.
-    """
-
-    def __init__(
-        self, model: LatentRecurrentTransformer, work: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, targets: Tensor
-    ) -> None:
+    def __init__(self, model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor) -> None:
         self._model, self._tokens, self._targets = model, tokens.clone(), targets.clone()
-        with torch.cuda.device(tokens.device):
+
+    def record(self, work: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Run `work` a few times, with no gradients left of it, then once more for the record.
+
+        RuntimeError when it does what cannot be recorded.
+        """
+        # A recording that fails leaves its own stream the current one.
+        with torch.cuda.device(self._tokens.device), torch.cuda.stream(torch.cuda.current_stream(self._tokens.device)):
             beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             beside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(beside):
                 for _ in range(_WARMUP):
                     work(self._tokens, self._targets)
-                    model.zero_grad(set_to_none=True)
+                    self._model.zero_grad(set_to_none=True)
             torch.cuda.current_stream().wait_stream(beside)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._result = work(self._tokens, self._targets)
-        self._gradients = [parameter.grad for parameter in model.parameters()]
+        self._gradients = [parameter.grad for parameter in self._model.parameters()]
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """What `work` returns for the batch; the model's gradients are then this batch's."""

@@ -57,6 +57,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--wandb", metavar="PROJECT", help="figures for this project of Weights & Biases")
     either = parser.add_argument_group("settings of a new run, or changed from here on with --resume")
     either.add_argument("--lr-scale", type=float, metavar="X", help="factor on all learning rates (default: 1)")
+    either.add_argument(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        help="on CUDA, launch a step's kernels at once, for more memory (default: yes)",
+    )
     add_guard_flags(either)
     _add_settings(parser.add_argument_group("settings of a new run, instead of the preset's"))
     return parser
@@ -80,9 +85,6 @@ def _add_settings(settings: argparse._ArgumentGroup) -> None:
     settings.add_argument("--log-every", type=int, metavar="N", help="write every N-th step to log.jsonl")
     settings.add_argument("--precision", choices=get_args(Precision))
     settings.add_argument("--compile", action="store_true", default=None, help="torch.compile of the layers")
-    settings.add_argument(
-        "--no-cuda-graphs", action="store_false", default=None, dest="cuda_graphs", help="on CUDA, launch kernels one by one"
-    )
     settings.add_argument(
         "--recompute", action="store_true", default=None, help="less memory for more time: activation checkpointing"
     )
@@ -119,7 +121,7 @@ _OWN_SETTINGS = (
     "compile",
     "recompute",
 )
-_KEEPING = ("save_every", "keep_last", "keep_best", "eval_every", "log_every", "cuda_graphs")
+_KEEPING = ("save_every", "keep_last", "keep_best", "eval_every", "log_every")
 """Settings that change nothing in what is trained."""
 _FIXED_SETTINGS = (*_OWN_SETTINGS[:2], *option_names(), *RECURRENCE_SETTINGS, *_OWN_SETTINGS[2:])
 """Those that hold for a whole run; those of the schedules' options follow the schedule's own."""
@@ -178,7 +180,7 @@ def _given_words(options: argparse.Namespace, names: Sequence[str]) -> list[str]
 
 
 def _flag(name: str) -> str:
-    return {"num_steps": "--steps", "cuda_graphs": "--no-cuda-graphs"}.get(name, f"--{name.replace('_', '-')}")
+    return "--steps" if name == "num_steps" else f"--{name.replace('_', '-')}"
 
 
 def _word(value: object) -> str:
@@ -218,10 +220,12 @@ def _absolute(source: str) -> str:
 
 
 def changed(config: TrainingConfig, options: argparse.Namespace) -> TrainingConfig:
-    """The configuration with the learning rates' factor and the guard's settings that were given."""
+    """The configuration with the learning rates' factor, the guard's settings and the graphs' switch that were given."""
     guard = {name: getattr(options, name) for name in _GUARD_SETTINGS if getattr(options, name) is not None}
     rate = config.optimizer.lr_scale if options.lr_scale is None else options.lr_scale
-    return replace(config, optimizer=replace(config.optimizer, lr_scale=rate), guard=replace(config.guard, **guard))
+    graphs = config.cuda_graphs if options.cuda_graphs is None else options.cuda_graphs
+    optimizer = replace(config.optimizer, lr_scale=rate)
+    return replace(config, cuda_graphs=graphs, optimizer=optimizer, guard=replace(config.guard, **guard))
 
 
 def _of_data(config: TrainingConfig, options: argparse.Namespace) -> dict[str, Any]:

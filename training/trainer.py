@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ from training.optimizer import Optimizer, lr_scale
 from training.packing import Packer, Position, evaluation_rows
 from training.progress import Progress
 from training.run_folder import load_run_config, load_run_tokenizer, write_settings
+from training.schedules.registry import entry
 from training.sinks import Sink
 from training.state import (
     CONFIG_FILE,
@@ -104,6 +104,9 @@ class Trainer:
         rows = evaluation_rows(corpus.validation, tokenizer, *sizes, fill=config.fill_eval_rows)
         self.eval_rows = rows.to(self.device)
         self.byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=self.device)
+        bfloat16 = uses_bfloat16(config.precision, self.device)
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=bfloat16)
+        """Makes the precision of forwards and backwards."""
         self.gradients = Gradients(
             self.model,
             self.schedule,
@@ -112,7 +115,7 @@ class Trainer:
             self.autocast,
             accumulate=config.accumulate,
             sharded=sharded,
-            graphed=config.cuda_graphs and not config.compile,
+            graphed=config.cuda_graphs and not config.compile and entry(config.schedule).is_fixed,
         )
         self.num_steps_done, self.elapsed = 0, 0.0
         self.stop_requested = False
@@ -241,11 +244,6 @@ class Trainer:
         """Of the coming step, by the progress at its middle, so that neither the first nor the last step has rate zero."""
         progress = min(1.0, self.progress + 0.5 / self.config.num_steps)
         return self.config.optimizer.lr_scale * lr_scale(progress, self.config.warmup, self.config.warmdown)
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """The precision of forwards and backwards."""
-        enabled = uses_bfloat16(self.config.precision, self.device)
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def evaluate(self) -> dict[str, Any]:
         """Parallel BPB on the validation rows, as plain data for the log."""

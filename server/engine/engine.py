@@ -13,7 +13,7 @@ from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
 from server.engine.model_runner import ModelRunner, WindowResult
 from server.engine.request import FinishReason, GenerationRequest, PromptTooLongError, RequestError, TokenLogprob
-from server.engine.scheduler import ScheduledWindow, Scheduler, Totals
+from server.engine.scheduler import ScheduledWindow, Scheduler, Totals, scored_per_row
 from server.engine.sequence import Sequence, Status
 from server.engine.stats import StepStats
 
@@ -64,7 +64,8 @@ class Engine:
         root = f"{weights_id} {runner.model.dtype} {self.config.prefill} {self.config.window} {self.config.tolerance}"
         root_or_none = root if self.config.prefix_caching else None
         self.blocks = BlockManager(self.config.num_blocks, self.config.block_size, root_or_none)
-        self.scheduler = Scheduler(self.config, self.blocks, runner.model.config.latents_are_hidden)
+        model = runner.model.config
+        self.scheduler = Scheduler(self.config, self.blocks, model.latents_are_hidden, scored_per_row(model))
         self.check_invariants = check_invariants
         self._random = random.Random(seed)
         self._numbers = itertools.count()
@@ -163,6 +164,7 @@ class Engine:
         for result in results:
             window, sequence = result.window, result.window.sequence
             stats.num_scheduled_tokens += window.num_tokens
+            stats.num_scored_tokens += window.num_scored
             if result.residual is not None:
                 stats.refinement_residuals.append(result.residual)
             num_prompt_tokens = sequence.num_prompt_tokens

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -72,6 +72,14 @@ class WindowResult:
     wanted and nothing was generated yet, else of that last position."""
 
 
+class Scoring(NamedTuple):
+    """Prompt positions from `start` on whose hidden states [R, D] tell the logprobs of the tokens behind them."""
+
+    result: WindowResult
+    start: int
+    hidden: Tensor
+
+
 class ModelRunner:
     """The model, native or torch's, with its paged pool."""
 
@@ -86,10 +94,16 @@ class ModelRunner:
         not changed (the engine does that)."""
         self._copy_blocks(copies)
         computing = [window for window in windows if window.num_tokens]
-        results = self._compute(computing) if computing else []
-        return results + [self._score_cached(window) for window in windows if not window.num_tokens]
+        results, scorings = self._compute(computing) if computing else ([], [])
+        for window in windows:
+            if not window.num_tokens:
+                results.append(WindowResult(window, 0, None))
+                scorings.append(self._cached_part(results[-1]))
+        self._score(scorings)
+        return results
 
-    def _compute(self, windows: list[ScheduledWindow]) -> list[WindowResult]:
+    def _compute(self, windows: list[ScheduledWindow]) -> tuple[list[WindowResult], list[Scoring]]:
+        """A forward over the windows; returns also which prompt tokens are to be scored by it."""
         batch = build(windows, self.pool, self.config.block_size, isinstance(self.model, NativeModel))
         recurrent = self.model.config.recurrence is not None
         memory = self.pool.load_memory(batch.memory_rows) if recurrent else None
@@ -101,10 +115,9 @@ class ModelRunner:
         _check_finite(batch.offsets, results, latents)
         if hidden is not latents:
             _check_finite(offsets, results, hidden)
-        self._score_prompts(offsets, results, hidden)
         self._sample(offsets, results, hidden)
         self._read_latents(results)
-        return results
+        return results, _settled_parts(offsets, results, hidden)
 
     def _finish_settled(
         self, batch: Batch, stream: Any, latents: Tensor, results: list[WindowResult]
@@ -143,35 +156,29 @@ class ModelRunner:
             rows = self.pool.load_memory(torch.tensor(slots, device=self.pool.latents.device))
             result.latents = rows.float().cpu().numpy().tobytes()
 
-    def _score_prompts(self, offsets: list[int], results: list[WindowResult], hidden: Tensor) -> None:
-        for result, offset in zip(results, offsets, strict=False):
-            sequence = result.window.sequence
-            if sequence.request.prompt_logprobs is None:
-                continue
-            # Position p scores prompt token p + 1; after a preemption those scored before are not scored again.
-            window_start, first = result.window.start, len(sequence.prompt_logprobs)
-            end = min(window_start + result.num_settled, sequence.num_prompt_tokens - 1)
-            for start, stop in self._chunks(max(first, window_start), end):
-                rows = hidden[offset + start - window_start : offset + stop - window_start]
-                result.prompt_logprobs += self._score(sequence, start, rows)
+    def _cached_part(self, result: WindowResult) -> Scoring:
+        """What came from the prefix cache is scored by its latents, which are the hidden states."""
+        assert self.model.config.latents_are_hidden
+        window, start = result.window, len(result.window.sequence.prompt_logprobs)
+        slots = slots_of(window.sequence.block_table, start, start + window.num_scored, self.config.block_size)
+        return Scoring(result, start, self.pool.load_memory(torch.tensor(slots, device=self.pool.latents.device)))
 
-    def _score_cached(self, window: ScheduledWindow) -> WindowResult:
-        """Score what came from the prefix cache by its latents, which are the hidden states."""
-        result, sequence = WindowResult(window, 0, None), window.sequence
-        first = len(sequence.prompt_logprobs)
-        for start, stop in self._chunks(first, first + window.num_scored):
-            slots = slots_of(sequence.block_table, start, stop, self.config.block_size)
-            cached = self.pool.load_memory(torch.tensor(slots, device=self.pool.latents.device))
-            result.prompt_logprobs += self._score(sequence, start, cached)
-        return result
-
-    def _score(self, sequence: Sequence, start: int, hidden: Tensor) -> list[TokenLogprob]:
-        """Logprobs of the prompt tokens behind positions start, start + 1, ..., from their hidden states [R, D]."""
-        logits = self.model.logits(hidden)
-        ids = torch.tensor(sequence.token_ids[start + 1 : start + 1 + len(hidden)], device=logits.device)
-        entries = _token_logprobs(logits, ids, [sequence.request.prompt_logprobs] * len(ids))
-        ranks = 1 + (logits > logits.gather(-1, ids.unsqueeze(-1))).sum(-1)
-        return [entry._replace(rank=rank) for entry, rank in zip(entries, ranks.tolist(), strict=True)]
+    def _score(self, scorings: SequenceABC[Scoring]) -> None:
+        """Logprobs of the prompt tokens behind scored positions: rows of all prompts go through the head together."""
+        rows = [(one.result, one.start + row) for one in scorings for row in range(len(one.hidden))]
+        if not rows:
+            return
+        hidden = torch.cat([one.hidden for one in scorings])
+        for start, end in self._chunks(0, len(rows)):
+            chunk = rows[start:end]
+            sequences = [result.window.sequence for result, _ in chunk]
+            logits = self.model.logits(hidden[start:end])
+            behind = [sequence.token_ids[position + 1] for sequence, (_, position) in zip(sequences, chunk, strict=True)]
+            ids = torch.tensor(behind, device=logits.device)
+            entries = _token_logprobs(logits, ids, [sequence.request.prompt_logprobs for sequence in sequences])
+            ranks = 1 + (logits > logits.gather(-1, ids.unsqueeze(-1))).sum(-1)
+            for (result, _), entry, rank in zip(chunk, entries, ranks.tolist(), strict=True):
+                result.prompt_logprobs.append(entry._replace(rank=rank))
 
     def _chunks(self, start: int, end: int) -> list[tuple[int, int]]:
         """start..end - 1 in parts of as many rows as logits may have."""
@@ -206,6 +213,20 @@ def _check_finite(offsets: list[int], results: list[WindowResult], states: Tenso
     if not bool(sums.isfinite().all()):
         for result, offset in zip(results, offsets, strict=False):
             result.is_finite &= bool(sums[offset : offset + result.num_settled].isfinite().all())
+
+
+def _settled_parts(offsets: list[int], results: list[WindowResult], hidden: Tensor) -> list[Scoring]:
+    """The settled positions, hidden [T, D], of prompts whose logprobs are asked for; those scored before a preemption are not
+    scored again."""
+    parts = []
+    for result, offset in zip(results, offsets, strict=False):
+        sequence, start = result.window.sequence, result.window.start
+        if sequence.request.prompt_logprobs is not None:
+            first = max(len(sequence.prompt_logprobs), start)
+            end = min(start + result.num_settled, sequence.num_prompt_tokens - 1)
+            if first < end:
+                parts.append(Scoring(result, first, hidden[offset + first - start : offset + end - start]))
+    return parts
 
 
 def _is_ready(result: WindowResult) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
+from lrt_core.config import ModelConfig
 from server.engine.block_manager import BlockManager
 from server.engine.config import EngineConfig
 from server.engine.request import FinishReason
@@ -31,8 +32,11 @@ class ScheduledWindow(NamedTuple):
     num_scored: int = 0
 
 
-SCORED_PER_ROW = 4
-"""Cached positions that are scored for a row of the budget: they cost the head alone."""
+def scored_per_row(model: ModelConfig) -> int:
+    """Cached positions that are scored for a row of the budget: they cost the head alone, and ranking its logits as much."""
+    width, kv = model.hidden_size, model.kv_size
+    of_layers = model.num_layers * 2 * width * (width + kv + model.intermediate_size)
+    return max(1, of_layers // (2 * model.vocab_size * width))
 
 
 @dataclass
@@ -49,11 +53,14 @@ class Scheduler:
     """Queues and budget; `running` and `waiting` are in order of rank.
 
     latents_are_hidden: a token's latent is what the head reads (source layer last), so that cached prompt tokens can be scored
-    without a forward.
+    without a forward, `scored_per_row` of them for a row.
     """
 
-    def __init__(self, config: EngineConfig, blocks: BlockManager, latents_are_hidden: bool = False) -> None:
-        self.config, self.blocks, self.latents_are_hidden = config, blocks, latents_are_hidden
+    def __init__(
+        self, config: EngineConfig, blocks: BlockManager, latents_are_hidden: bool = False, scored_per_row: int = 1
+    ) -> None:
+        self.config, self.blocks = config, blocks
+        self.latents_are_hidden, self.scored_per_row = latents_are_hidden, scored_per_row
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.totals = Totals()
@@ -157,9 +164,11 @@ class Scheduler:
     def _schedule_window(self, sequence: Sequence, budget: int, windows: list[ScheduledWindow]) -> int:
         """Add the sequence's window, of at most `budget` rows; returns how many it takes."""
         assert sequence.window is not None
-        if num_scored := min(sequence.num_unscored_tokens, SCORED_PER_ROW * budget):
-            windows.append(ScheduledWindow(sequence, sequence.num_computed_tokens, 0, num_scored))
-            return -(-num_scored // SCORED_PER_ROW)
+        if num_unscored := sequence.num_unscored_tokens:
+            num_scored = min(num_unscored, self.scored_per_row * min(budget, self.config.window))
+            if num_scored > 0:
+                windows.append(ScheduledWindow(sequence, sequence.num_computed_tokens, 0, num_scored))
+            return -(-num_scored // self.scored_per_row)
         num_tokens = min(sequence.window.width, sequence.num_uncomputed_tokens, budget)
         if num_tokens > 0:
             windows.append(ScheduledWindow(sequence, sequence.num_computed_tokens, num_tokens))
@@ -212,6 +221,7 @@ class Scheduler:
             assert not sequence.block_table and not sequence.num_touched_tokens, "a waiting sequence holds blocks"
         for sequence in everyone:
             assert sequence.num_uncomputed_tokens > 0, "a sequence has nothing left to compute"
+            assert len(sequence.prompt_logprobs) < sequence.num_prompt_tokens, "a prompt token was scored twice"
             assert all(sibling.status in (Status.HELD, Status.FINISHED) for sibling in sequence.siblings), "a held sample runs"
         self.blocks.check_invariants(everyone)
 

@@ -23,6 +23,8 @@ class StepStats:
     """Wall time of the step; 0 when nothing ran."""
     num_scheduled_tokens: int = 0
     """Rows of the step's forward, refinement passes included."""
+    num_scored_tokens: int = 0
+    """Prompt tokens from the prefix cache whose logprobs were made in this step."""
     num_settled_prompt_tokens: int = 0
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0

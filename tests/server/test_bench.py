@@ -266,6 +266,15 @@ def test_cost_counts_what_a_step_reads() -> None:
     assert (low, high) == (max(read, compute), read + compute)
 
 
+def test_cost_of_a_prompt_leaves_out_what_passes_leave_out() -> None:
+    """Of three layers the one above the source is computed once, its memory projections with it."""
+    last, upper = (cost_of(tiny_model(tiny_config(num_layers=3, recurrence=RecurrenceConfig(source)))) for source in (2, 1))
+    assert last.above_source == 0 and upper.above_source == pytest.approx(1 / 3, abs=0.02)
+    assert last.prompt_flops(10, 5, 4) == last.flops(40, 5, 0)
+    assert upper.prompt_flops(10, 5, 4) == pytest.approx(upper.flops(30, 5, 0), rel=0.02)
+    assert upper.prompt_flops(10, 5, 1) == upper.flops(10, 5, 0)
+
+
 def test_cost_of_d12() -> None:
     """What docs say of the bench model, from its real parameters."""
     with torch.device("meta"):

@@ -22,7 +22,7 @@ from server.engine.config import EngineConfig
 from server.engine.engine import Engine, SequenceOutput
 from server.engine.model_runner import WindowResult
 from server.engine.request import TokenLogprob
-from server.engine.scheduler import SCORED_PER_ROW, ScheduledWindow
+from server.engine.scheduler import ScheduledWindow, scored_per_row
 from server.engine.sequence import Sequence, Status
 from tests.engines import engine_config, request
 from tests.server.ledger import EOS, STEMS, VOCAB_SIZE, Ledger
@@ -34,7 +34,9 @@ class TokenRunner:
     """Does to slots what the model's runner does, and checks what it is given."""
 
     def __init__(self, config: EngineConfig, latents_are_hidden: bool) -> None:
-        model_config = SimpleNamespace(latents_are_hidden=latents_are_hidden, vocab_size=VOCAB_SIZE)
+        sizes = {"vocab_size": VOCAB_SIZE, "num_layers": 1, "hidden_size": 2, "kv_size": 2, "intermediate_size": 8}
+        model_config: Any = SimpleNamespace(latents_are_hidden=latents_are_hidden, **sizes)
+        self.scored_per_row = scored_per_row(model_config)
         self.config, self.model = config, SimpleNamespace(dtype=torch.float32, config=model_config)
         self.ledger = Ledger(config.num_blocks, config.block_size)
         self.random = random.Random(0)
@@ -47,7 +49,7 @@ class TokenRunner:
             assert all(table.index(target) == index for table, index in tables if target in table), "copied without need"
         self.ledger.copy(copies)
         computing = [window for window in windows if window.num_tokens]
-        self.num_scoring_rows = sum(-(-window.num_scored // SCORED_PER_ROW) for window in windows)
+        self.num_scoring_rows = sum(-(-window.num_scored // self.scored_per_row) for window in windows)
         self.ledger.begin(computing)
         scoring = [self.score(window) for window in windows if not window.num_tokens]
         return [self.settle(window) for window in computing] + scoring
@@ -162,14 +164,15 @@ class EngineMachine(RuleBasedStateMachine):
 
     def step(self) -> None:
         first = self.scheduler.running[:1]
-        computed = [(sequence, sequence.num_computed_tokens) for sequence in first]
+        done = [(sequence, sequence.num_computed_tokens, len(sequence.prompt_logprobs)) for sequence in first]
         output = self.engine.step()
         num_rows = output.stats.num_scheduled_tokens + self.runner.num_scoring_rows
         assert num_rows > 0, "with work there is a window"
         assert num_rows <= self.engine.config.max_num_batched_tokens
-        for sequence, before in computed:
+        for sequence, computed, scored in done:
             assert sequence.finished or sequence.status is Status.RUNNING, "the first in rank was preempted"
-            assert sequence.num_computed_tokens > before, "the first in rank gets on"
+            is_on = sequence.num_computed_tokens > computed or len(sequence.prompt_logprobs) > scored
+            assert is_on, "the first in rank gets on"
         for item in output.outputs:
             self.take(item)
 

@@ -18,7 +18,7 @@ from server.engine.model_runner import ModelRunner, WindowResult
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import ScheduledWindow
 from server.engine.sequence import Sequence
-from tests.engines import engine_config, request
+from tests.engines import engine_config, make_engine, request, run
 from tests.helpers import VARIANTS, contracting_model, random_ids, tiny_config, tiny_model
 
 
@@ -180,3 +180,25 @@ def test_latents_lie_where_their_tokens_do() -> None:
     slots = [sequence.block_table[p // 4] * 4 + p % 4 for p in range(6)]
     torch.testing.assert_close(bench.runner.pool.latents[slots], read(model, ids).latents, atol=1e-5, rtol=0)
     assert not bench.runner.pool.latents[bench.runner.pool.zero_row].any()
+
+
+def test_prompts_are_scored_by_the_head_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of all prompts of a step, cached or computed, are one product, and the logprobs are each one's own."""
+    model, items = contracting_model(), [request(random_ids(9 + index, seed=index), prompt_logprobs=1) for index in range(3)]
+    engine = make_engine(model)
+    cold = [run(engine, [item]).outcomes[0][0].prompt_logprobs for item in items]
+    head_rows, plain = list[int](), engine.runner.model.logits
+
+    def counted(hidden: Tensor) -> Tensor:
+        head_rows.append(hidden.shape[0])
+        return plain(hidden)
+
+    monkeypatch.setattr(engine.runner.model, "logits", counted)
+    warm = run(engine, items)
+    assert warm.total("num_prefix_hits") == warm.total("num_scored_tokens") == 3 * 8
+    assert [rows for rows in head_rows if rows > 3] == [24], "cached positions of all three"
+    for outcome, expected in zip(warm.outcomes, cold, strict=True):
+        found = outcome[0].prompt_logprobs
+        assert found is not None and expected is not None
+        assert [(entry.token_id, entry.rank) for entry in found] == [(entry.token_id, entry.rank) for entry in expected]
+        assert [entry.logprob for entry in found[1:]] == pytest.approx([entry.logprob for entry in expected[1:]], abs=1e-5)

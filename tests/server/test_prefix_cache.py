@@ -10,8 +10,6 @@ import torch
 from lrt_core.generate import read
 from server.engine.block_manager import BlockManager
 from server.engine.engine import SequenceOutput
-from server.engine.model_runner import WindowResult
-from server.engine.scheduler import ScheduledWindow
 from server.engine.sequence import Sequence
 from tests.engines import Outcome, make_engine, oracle, request, run
 from tests.helpers import VARIANTS, random_ids, tiny_config, tiny_model
@@ -214,29 +212,24 @@ def test_prompt_logprobs_come_from_cached_latents_or_a_new_reading(variant: str,
     assert run(engine, [request(ids, 3)]).total("num_prefix_hits") == 36, "without logprobs everyone shares"
 
 
-def test_a_long_hit_is_scored_within_the_budget_beside_who_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_hit_is_scored_within_the_budget_beside_who_decodes() -> None:
     """A step never scores more than the budget has rows for, and nobody who decodes waits for it."""
     model, ids = tiny_model(tiny_config(**VARIANTS["layerwise"])), random_ids(80)
     engine = make_engine(model, max_num_seqs=2, max_num_batched_tokens=4)
     expected = scores(run(engine, [request(ids, 0, prompt_logprobs=1)]).outcomes[0][0], ids)
-    scored: list[int] = []
-    score = engine.runner._score_cached
-
-    def counted(window: ScheduledWindow) -> WindowResult:
-        scored.append(window.num_scored)
-        return score(window)
-
-    monkeypatch.setattr(engine.runner, "_score_cached", counted)
-    [decoding] = engine.add(request([5, 6, 7], 30))
+    [decoding] = engine.add(request([5, 6, 7], 60))
     while not decoding.num_output_tokens:
         engine.step()
     [sequence] = engine.add(request(ids, 0, prompt_logprobs=1))
     outputs: list[SequenceOutput] = []
+    scored: list[int] = []
     while not sequence.finished:
-        before = decoding.num_output_tokens
-        outputs += engine.step().outputs
+        before, output = decoding.num_output_tokens, engine.step()
+        outputs += output.outputs
+        scored.append(output.stats.num_scored_tokens)
         assert decoding.num_output_tokens == before + 1
-    assert (sequence.num_cached_tokens, sum(scored), max(scored)) == (76, 76, 12)
+    bound = 3 * engine.scheduler.scored_per_row
+    assert (sequence.num_cached_tokens, sum(scored), max(scored)) == (76, 76, min(76, bound))
     entries = next(item.prompt_logprobs for item in outputs if item.sequence is sequence)
     assert entries is not None
     assert [entry.logprob for entry in entries[1:]] == pytest.approx(expected, abs=1e-5)

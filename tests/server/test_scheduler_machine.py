@@ -136,12 +136,11 @@ class Load:
         reading = [sequence for sequence in stayed if sequence not in decoding] + newcomers
         return decoding, reading if self.config.num_prompt_rows is None else sorted(reading, key=lambda one: one.rank)
 
-    @staticmethod
-    def wanted(sequence: Sequence) -> int:
-        """Rows, a quarter of one for a cached position that waits for its logprob."""
+    def wanted(self, sequence: Sequence) -> int:
+        """Rows, a part of one for a cached position that waits for its logprob."""
         assert sequence.window is not None
         if sequence.num_unscored_tokens:
-            return -(-sequence.num_unscored_tokens // 4)
+            return min(self.config.window, -(-sequence.num_unscored_tokens // self.scheduler.scored_per_row))
         return min(sequence.window.width, sequence.num_uncomputed_tokens)
 
     def may_share(self, sequence: Sequence) -> bool:
@@ -166,9 +165,11 @@ class Load:
             budget -= expected[sequence]
         for window in windows:
             unscored, rows = window.sequence.num_unscored_tokens, expected[window.sequence]
-            assert window.num_scored == min(unscored, 4 * rows)
+            assert window.num_scored == min(unscored, self.scheduler.scored_per_row * rows)
             assert not (window.num_tokens and unscored), "what is cached is scored before the rest is computed"
-        scheduled = {window.sequence: window.num_tokens or -(-window.num_scored // 4) for window in windows}
+        scheduled = {
+            window.sequence: window.num_tokens or -(-window.num_scored // self.scheduler.scored_per_row) for window in windows
+        }
         assert len(scheduled) == len(windows)
         assert scheduled == {sequence: count for sequence, count in expected.items() if count > 0}
         assert all(sequence in scheduled for sequence in decoding), "a decoding sequence was left out"

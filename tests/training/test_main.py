@@ -151,8 +151,10 @@ def test_a_resumed_run_may_learn_more_slowly_and_skip_otherwise(data: Path, tmp_
     """The run keeps what it is told, and its card says so."""
     run = tmp_path / "run"
     assert train(data, "--run", str(run), "--steps", "1", "--lr-scale", "0.5", "--skip-window", "50") == 0
-    assert main(["--resume", str(run), "--lr-scale", "0.25", "--skip-deviations", "0", "--device", "cpu"]) == 0
+    changes = ["--lr-scale", "0.25", "--skip-deviations", "0"]
+    assert main(["--resume", str(run), *changes, "--no-cuda-graphs", "--device", "cpu"]) == 0
     config = json.loads((run / "config.json").read_text())
+    assert config["cuda_graphs"] is False
     assert config["optimizer"]["lr_scale"] == 0.25
     assert (config["guard"]["skip_window"], config["guard"]["skip_deviations"]) == (50, 0.0)
     card = (run / "checkpoint" / "README.md").read_text()

@@ -43,6 +43,7 @@ def test_a_new_file_is_all_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     entries.cache_clear()
     try:
         assert parse("--schedule", "doubled").schedule == "doubled"
+        assert not entries()["doubled"].is_fixed, "which it has to say"
     finally:
         monkeypatch.undo()
         entries.cache_clear()

@@ -248,6 +248,8 @@ def test_a_study_of_before_goes_on_with_its_rows(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text(json.dumps(stored))
     for _ in range(2):
         assert not claim(tmp_path, plan, "data").base.fill_eval_rows
+    one_by_one = replace(plan, base=replace(plan.base, cuda_graphs=False))
+    assert not claim(tmp_path, one_by_one, "data").base.cuda_graphs, "which changes no result"
     for other in (replace(plan, base=replace(plan.base, batch_size=7)), PLANS["million"]()):
         with pytest.raises(StudyError, match="holds a study with other settings"):
             claim(tmp_path, other, "data")

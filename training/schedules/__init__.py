@@ -2,7 +2,8 @@
 
 A schedule is a function (model, tokens, targets) -> Losses; each file here holds one of the file's own name, marked with
 `registry.schedule`, and adding one adds one file: its options become settings of a run and flags of the commands. The trainer
-backpropagates `total`; evaluation reads `passes`.
+backpropagates `total`; evaluation reads `passes`. One that does the same with every batch may be marked as `fixed`: on CUDA its
+step is then recorded once and replayed, and its Python not run again.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from training.schedules.losses import Losses, PassLosses, mean_of_passes, token_
 from training.schedules.registry import check_model, schedule
 
 
-@schedule(recurrent=False, cost=lambda: 1.0)
+@schedule(recurrent=False, fixed=True, cost=lambda: 1.0)
 def baseline(model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor) -> Losses:
     """Losses of the plain backbone; a recurrent model is a ValueError (it would train on zero memories alone)."""
     check_model(model, "baseline")

@@ -21,7 +21,7 @@ from training.schedules.losses import Losses, PassLosses, mean_of_passes, token_
 from training.schedules.registry import check_model, schedule
 
 
-@schedule(recurrent=True, cost=lambda chunk_len: 1.0)
+@schedule(recurrent=True, fixed=True, cost=lambda chunk_len: 1.0)
 def chunked(
     model: LatentRecurrentTransformer,
     tokens: Tensor,

@@ -20,7 +20,7 @@ from training.schedules.losses import Losses, PassLosses, mean_of_passes, token_
 from training.schedules.registry import check_model, schedule
 
 
-@schedule(recurrent=True, cost=lambda num_subsets, kv_refresh: 2.0)
+@schedule(recurrent=True, fixed=True, cost=lambda num_subsets, kv_refresh: 2.0)
 def interleaved(
     model: LatentRecurrentTransformer,
     tokens: Tensor,

@@ -65,8 +65,8 @@ def mean_of_passes(passes: list[PassLosses], targets: Tensor, weights: Sequence[
 
 
 def count_targets(passes: list[PassLosses], targets: Tensor) -> Tensor:
-    """How many of targets [B, T] each of P forwards is scored on: float64 [P], on their device."""
-    return torch.stack([(targets[:, one.positions] != IGNORE).sum() for one in passes]).double()
+    """How many of targets [B, T] each of P forwards is scored on: integers [P], on their device."""
+    return torch.stack([(targets[:, one.positions] != IGNORE).sum() for one in passes])
 
 
 def part_of(losses: Losses, counts: Tensor, own: Tensor) -> Tensor:
@@ -76,7 +76,9 @@ def part_of(losses: Losses, counts: Tensor, own: Tensor) -> Tensor:
     return a mean over targets, and its total weighs by their number.
     """
     if not losses.shares:
-        return losses.total * (own.sum() / counts.sum().clamp(min=1))
+        own_total, total = own.sum(), counts.sum().clamp(min=1)
+        # Rows without a target have a mean of nothing, which is no number.
+        return torch.where(own_total > 0, losses.total * (own_total / total), torch.zeros_like(losses.total))
     return _weighted(losses.passes, losses.shares, counts.clamp(min=1))
 
 

@@ -20,7 +20,7 @@ from training.schedules.losses import Losses, PassLosses, mean_of_passes, token_
 from training.schedules.registry import check_model, schedule
 
 
-@schedule(recurrent=True, cost=lambda num_refinements, loss_weights, detach: num_refinements + 1.0)
+@schedule(recurrent=True, fixed=True, cost=lambda num_refinements, loss_weights, detach: num_refinements + 1.0)
 def multi_refine(
     model: LatentRecurrentTransformer,
     tokens: Tensor,

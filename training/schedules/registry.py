@@ -42,27 +42,30 @@ class Option:
 
 @dataclass(frozen=True)
 class Entry:
-    """One schedule: its function, whether it trains recurrent models, its options by name, and a step's cost in forwards."""
+    """One schedule: its function, whether it trains recurrent models, its options by name, a step's cost in forwards, and
+    whether it does the same with every batch."""
 
     name: str
     function: Callable[..., Any]
     is_recurrent: bool
     options: dict[str, Option]
     cost: Callable[..., float]
+    is_fixed: bool
 
 
 _FOUND: dict[str, Entry] = {}
 
 
-def schedule(*, recurrent: bool, cost: Callable[..., float]) -> Callable[[F], F]:
+def schedule(*, recurrent: bool, cost: Callable[..., float], fixed: bool = False) -> Callable[[F], F]:
     """Mark a function as the schedule of its file.
 
     recurrent: whether it trains recurrent models or plain ones. cost: of a step, in forwards of the whole sequence, as a
-    function of the options, which it gets by name.
+    function of the options, which it gets by name. fixed: whether it does the same with every batch of a shape: draws nothing,
+    counts nothing and asks nothing of the batch's numbers. Then CUDA may record a step once and replay it.
     """
 
     def mark(function: F) -> F:
-        _FOUND[function.__name__] = Entry(function.__name__, function, recurrent, _options(function), cost)
+        _FOUND[function.__name__] = Entry(function.__name__, function, recurrent, _options(function), cost, fixed)
         return function
 
     return mark

@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default %(default)s)")
     add("--threads", type=positive, metavar="N", help="of each run (default: the cores, divided by the runs at a time)")
     add("--device", default="cpu", help="(default %(default)s)")
+    add("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True, help="as lrt-train takes")
     add("--keep-checkpoints", action="store_true", help="keep every finished model in DIR/checkpoints")
     add("--list", action="store_true", help="show the runs and end")
     add("--time-only", action="store_true", help="measure the steps, on a machine that is idle, and end")
@@ -55,7 +56,7 @@ def _study(args: argparse.Namespace) -> None:
     plan = chosen(PLANS[args.plan](), args.variants, args.budgets, args.seeds)
     if args.data is not None:
         plan = replace(plan, base=replace(plan.base, data=tuple(args.data)))
-    plan = replace(plan, base=replace(plan.base, shards=args.shards))
+    plan = replace(plan, base=replace(plan.base, shards=args.shards, cuda_graphs=args.cuda_graphs))
     folder: Path = args.out or Path("runs") / f"study-{args.plan}"
     if args.list:
         return _list(plan)

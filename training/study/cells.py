@@ -51,6 +51,7 @@ def run_cell(plan: Plan, cell: Cell, around: Surroundings, started: Callable[[Tr
         started(trainer)
         if not trainer.run():
             return None
+        trainer.gradients.release()
         result = {**describe(plan, cell, trainer), **_measured(trainer)}
         if around.keep_checkpoints:
             finish(trainer, around.folder / "checkpoints" / cell.name)
@@ -127,4 +128,6 @@ def step_seconds(plan: Plan, around: Surroundings, repetitions: int = 9, warmup:
 def _timed(trainer: Trainer) -> float:
     started = time.perf_counter()
     trainer.step()
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)  # what is left of the optimizer's step is this one's
     return time.perf_counter() - started

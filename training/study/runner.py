@@ -63,8 +63,9 @@ def claim(folder: Path, plan: Plan, fingerprint: str) -> Plan:
     before = read_json(path) if path.exists() else None
     stored = completed(before["base"]) if before is not None and isinstance(before.get("base"), dict) else None
     if stored is not None:
-        fill, graphs = bool(stored["fill_eval_rows"]), bool(stored["cuda_graphs"])
-        plan = replace(plan, base=replace(plan.base, fill_eval_rows=fill, cuda_graphs=graphs))
+        # How kernels are launched changes no result.
+        fill, stored["cuda_graphs"] = bool(stored["fill_eval_rows"]), plan.base.cuda_graphs
+        plan = replace(plan, base=replace(plan.base, fill_eval_rows=fill))
     base = json.loads(json.dumps({**plan.base.to_dict(), "shards": None}))
     if before is not None and (stored != base or before.get("data") != fingerprint):
         what = "settings" if stored != base else "data"
