@@ -73,9 +73,7 @@ class Gradients:
         graph = _Graph(self.model, tokens, targets)
         try:
             graph.record(self._backward)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+        except RuntimeError as error:  # also for want of memory, which one kernel after the other may do with less of
             self.model.zero_grad(set_to_none=True)
             cause: BaseException = error
             while cause.__context__ is not None:  # what came first; then the end of the recording failed, too
