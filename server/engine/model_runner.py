@@ -170,15 +170,18 @@ class ModelRunner:
             return
         hidden = torch.cat([one.hidden for one in scorings])
         for start, end in self._chunks(0, len(rows)):
-            chunk = rows[start:end]
-            sequences = [result.window.sequence for result, _ in chunk]
-            logits = self.model.logits(hidden[start:end])
-            behind = [sequence.token_ids[position + 1] for sequence, (_, position) in zip(sequences, chunk, strict=True)]
-            ids = torch.tensor(behind, device=logits.device)
-            entries = _token_logprobs(logits, ids, [sequence.request.prompt_logprobs for sequence in sequences])
-            ranks = 1 + (logits > logits.gather(-1, ids.unsqueeze(-1))).sum(-1)
-            for (result, _), entry, rank in zip(chunk, entries, ranks.tolist(), strict=True):
-                result.prompt_logprobs.append(entry._replace(rank=rank))
+            self._score_chunk(rows[start:end], hidden[start:end])
+
+    def _score_chunk(self, rows: SequenceABC[tuple[WindowResult, int]], hidden: Tensor) -> None:
+        """A function of its own, so that a chunk's logits are gone before the next one's are made."""
+        sequences = [result.window.sequence for result, _ in rows]
+        logits = self.model.logits(hidden)
+        behind = [sequence.token_ids[position + 1] for sequence, (_, position) in zip(sequences, rows, strict=True)]
+        ids = torch.tensor(behind, device=logits.device)
+        entries = _token_logprobs(logits, ids, [sequence.request.prompt_logprobs for sequence in sequences])
+        ranks = 1 + (logits > logits.gather(-1, ids.unsqueeze(-1))).sum(-1)
+        for (result, _), entry, rank in zip(rows, entries, ranks.tolist(), strict=True):
+            result.prompt_logprobs.append(entry._replace(rank=rank))
 
     def _chunks(self, start: int, end: int) -> list[tuple[int, int]]:
         """start..end - 1 in parts of as many rows as logits may have."""
