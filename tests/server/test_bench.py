@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -337,11 +338,16 @@ def test_an_interrupted_run_writes_what_it_has(
 def test_ctrl_c(checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "server.bench", "offline", "--model", str(checkpoint), "--repetitions", "1000000"]
     out = tmp_path / "out.json"
-    with subprocess.Popen([*command, "--json", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert "read bandwidth" in process.stdout.readline() and "weights" in process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+    # What a shell starts in the background ignores Ctrl-C, and its children with it.
+    heard, pipe = partial(signal.signal, signal.SIGINT, signal.SIG_DFL), subprocess.PIPE
+    with subprocess.Popen([*command, "--json", str(out)], stdout=pipe, stderr=pipe, text=True, preexec_fn=heard) as process:
+        try:
+            assert process.stdout is not None
+            assert "read bandwidth" in process.stdout.readline() and "weights" in process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 130 and err == "lrt-bench: interrupted\n"
     assert json.loads(out.read_text())["interrupted"] is True
 
