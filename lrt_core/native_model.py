@@ -1,18 +1,17 @@
 """A model for serving on a CPU whose layers run in native code: one call takes all rows of a step through them.
 
-It has the parts of `LatentRecurrentTransformer` (begin, run_to_source, run_from_source, logits), over the paged pool alone.
 Every output of a product is summed in one order whatever the number of rows, so a row's result is bit-equal alone and in any
-batch. Neighbours: `kernels/step.cpp` does the work, `model.py` is its twin, the server's model runner calls it.
+batch. Neighbours: `kernels/step.cpp` does the work, `step.py` is its twin in torch, the server's model runner calls it.
 
-Shapes: T rows, S sequences, D hidden size, V vocabulary.
+Shapes: T rows, R settled rows, S sequences, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,37 +25,21 @@ from lrt_core.kernels.plan import (
     LayerStruct,
     MatrixStruct,
     ModelStruct,
+    OutcomeStruct,
     PackedMatrix,
     PoolStruct,
     StepStruct,
-    padded,
     pointer,
 )
 from lrt_core.kernels.products import apply
 from lrt_core.memory import MemoryProjection
 from lrt_core.model import InputProjections, LatentRecurrentTransformer, Layer, make_rope
-from lrt_core.paged import NativeKV
+from lrt_core.paged import PagedPool
+from lrt_core.step import PagedStep, StepResult
 
 EPS = torch.finfo(torch.float32).eps
 Quantization = Literal["none", "int8", "int8-memory"]
 """Which products have int8 weights: none, all of them, the memory projections alone."""
-
-
-@dataclass
-class NativeStream:
-    """A forward under way: the residual stream x and its start x0 [T, D padded], and what every layer reads beside it."""
-
-    x: Tensor
-    x0: Tensor
-    tokens: Tensor
-    positions: Tensor
-    memory: Tensor | None
-
-    def select(self, rows: Tensor) -> NativeStream:
-        """The stream of some rows [R]."""
-        memory = None if self.memory is None else self.memory.index_select(0, rows)
-        x, x0, tokens, positions = (part.index_select(0, rows) for part in (self.x, self.x0, self.tokens, self.positions))
-        return NativeStream(x, x0, tokens, positions, memory)
 
 
 def can_take(config: ModelConfig, device: str) -> bool:
@@ -111,7 +94,7 @@ class NativeModel:
             softcap=self.config.logit_softcap,
             eps=EPS,
         )
-        self._num_rows = self._num_threads = 0
+        self._capacity = self._num_threads = 0
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._partial = torch.empty(PARTIAL_SIZE)
 
@@ -120,62 +103,45 @@ class NativeModel:
         """Bytes of weights that a step reads, embedding rows apart."""
         return sum(matrix.nbytes for matrix in self._matrices)
 
-    def begin(self, tokens: Tensor, positions: Tensor, memory: Tensor | None) -> NativeStream:
-        """The residual stream before layer 0; int64 tokens and positions [T], memory float32 [T, D] or None."""
-        assert (memory is None) == (self.config.recurrence is None)
-        x, x0 = torch.empty(2, len(tokens), padded(self.config.hidden_size)).unbind()
-        stream = NativeStream(x, x0, tokens.contiguous(), positions.contiguous(), memory)
-        step = self._step(stream)
-        self._library.lrt_embed(self._struct, step, torch.get_num_threads())
-        return stream
-
-    def run_to_source(self, stream: NativeStream, kv: NativeKV) -> Tensor:
-        """Run the layers up to the source, changing `stream.x`; returns the latents [T, D]."""
-        return self._run(stream, kv, 0, self.config.source_layer + 1)
-
-    def run_from_source(self, stream: NativeStream, latents: Tensor, kv: NativeKV) -> Tensor:
-        """Run the layers above the source, if any; returns the hidden states [T, D]."""
-        if self.config.latents_are_hidden:
-            return latents
-        return self._run(stream, kv, self.config.source_layer + 1, self.config.num_layers)
+    def run_step(self, step: PagedStep, pool: PagedPool, tolerance: float) -> StepResult:
+        """Compute the step; as `lrt_core.step.run_step`."""
+        num_rows, num_sequences, num_threads = step.num_rows, step.num_sequences, torch.get_num_threads()
+        self._make_room(num_rows, num_threads)
+        rows, row_bytes = _address(step.rows), 8 * num_rows
+        given = StepStruct(
+            *(num_rows, num_sequences, self._capacity),
+            *(rows, rows + row_bytes, rows + 2 * row_bytes),
+            None if self.config.recurrence is None else rows + 3 * row_bytes,
+            *(_address(part) for part in (step.row_starts, step.table_starts, step.tables)),
+            *(tolerance, self._partial.data_ptr(), PARTIAL_SIZE),
+        )
+        pool_struct = PoolStruct(
+            *(pool.keys.data_ptr(), pool.values.data_ptr(), KINDS[pool.keys.dtype], step.block_size, pool.keys.stride(0)),
+            pool.latents.data_ptr(),
+        )
+        hidden, told = torch.empty(num_rows, self.config.hidden_size), np.empty((3, num_sequences), dtype=np.int32)
+        start, part_bytes = _address(told), 4 * num_sequences
+        outcome = OutcomeStruct(start, start + part_bytes, start + 2 * part_bytes, hidden.data_ptr())
+        end_of_source, workspace = self.config.source_layer + 1, self._workspace.data_ptr()
+        self._library.lrt_forward(self._struct, pool_struct, given, end_of_source, workspace, outcome, num_threads)
+        num_settled: list[int] = told[0].tolist()
+        if num_sequences == num_rows:
+            residuals: list[float | None] = [None] * num_sequences
+        else:
+            residuals = [None if value == -1 else value for value in told[1].view(np.float32).tolist()]
+            hidden = hidden[: sum(num_settled)]
+        return StepResult(num_settled, residuals, [value == 1 for value in told[2].tolist()], hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, D] -> float32 logits [R, V]."""
         return apply(self._head, hidden, self.config.logit_softcap)
 
-    def _run(self, stream: NativeStream, kv: NativeKV, first: int, end: int) -> Tensor:
-        step, num_threads = self._step(stream), torch.get_num_threads()
-        step.slots, step.num_sequences = pointer(kv.slots), len(kv.context_lens)
-        for name in ("row_starts", "context_lens", "table_starts", "tables"):
-            setattr(step, name, getattr(kv, name).ctypes.data)
-        step.partial, step.partial_size = pointer(self._partial), PARTIAL_SIZE
-        pool = kv.pool
-        layer_stride = pool.keys.stride(0)
-        pool_struct = PoolStruct(
-            pool.keys.data_ptr(), pool.values.data_ptr(), KINDS[pool.keys.dtype], kv.block_size, layer_stride
-        )
-        self._make_room(len(stream.tokens), num_threads)
-        out = torch.empty(len(stream.tokens), self.config.hidden_size)
-        self._library.lrt_layers(
-            *(self._struct, pool_struct, step, first, end, self._workspace.data_ptr(), out.data_ptr(), num_threads)
-        )
-        return out
-
-    def _step(self, stream: NativeStream) -> StepStruct:
-        step = StepStruct(len(stream.tokens), 0)
-        for name in ("tokens", "positions", "memory", "x", "x0"):
-            setattr(step, name, pointer(getattr(stream, name)))
-        return step
-
     def _make_room(self, num_rows: int, num_threads: int) -> None:
-        """A zeroed workspace for that many rows; its layout depends on the number, so each number starts from zeros."""
-        if (num_rows, num_threads) != (self._num_rows, self._num_threads):
-            size = self._library.lrt_workspace_size(self._struct, num_rows, num_threads)
-            if size > self._workspace.nbytes:
-                self._workspace = torch.zeros(size, dtype=torch.uint8)
-            else:
-                self._workspace[:size].zero_()
-            self._num_rows, self._num_threads = num_rows, num_threads
+        """A zeroed workspace for at least that many rows."""
+        if num_rows > self._capacity or num_threads != self._num_threads:
+            self._capacity, self._num_threads = max(num_rows, self._capacity), num_threads
+            size = self._library.lrt_workspace_size(self._struct, self._capacity, num_threads)
+            self._workspace = torch.zeros(size, dtype=torch.uint8)
 
     # Packing.
 
@@ -222,6 +188,11 @@ class NativeModel:
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor.detach().contiguous())
         return self._kept[-1]
+
+
+def _address(array: np.ndarray[Any, Any]) -> int:
+    """Of a contiguous array's first number."""
+    return int(array.__array_interface__["data"][0])
 
 
 def _weight(linear: nn.Module) -> Tensor:

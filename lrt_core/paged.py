@@ -2,8 +2,8 @@
 
 One address serves all three: a token slot holds the token's K and V of every layer and its outgoing latent, so whatever shares,
 frees or restores a block of slots does the same to the recurrence. The memory of position t is the latent row of the slot of
-t-1; `zero_row` stands for "no predecessor". Neighbours: the server's block manager hands out slots, its batch builder makes
-the groups; `kv.py` describes the seam.
+t-1; `zero_row` stands for "no predecessor". Neighbours: the server's block manager hands out slots, `step.py` makes the
+groups; `kv.py` describes the seam.
 
 Shapes: T tokens of the step (all sequences flat), S sequences, C context length, N query heads, G key/value heads, H head size,
 D hidden size.
@@ -12,11 +12,8 @@ D hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -130,28 +127,3 @@ class PagedKV:
             first = self.decodes.mask(window) if self.decodes is not None else torch.empty(0)
             self._masks[window] = [first, *(group.mask(window) for group in self.windows)]
         return self._masks[window]
-
-
-@dataclass(frozen=True)
-class NativeKV:
-    """One step over the pool as native code reads it: blocks, not slots.
-
-    slots int64 [T]: where keys and values go. Sequence s owns rows row_starts[s]..row_starts[s + 1] (int32 [S + 1]), sees
-    context_lens[s] tokens with its last row, and its blocks are tables[table_starts[s]...].
-    """
-
-    pool: PagedPool
-    block_size: int
-    slots: Tensor
-    row_starts: npt.NDArray[np.int32]
-    context_lens: npt.NDArray[np.int32]
-    table_starts: npt.NDArray[np.int32]
-    tables: npt.NDArray[np.int32]
-
-    def leading(self, rows: Tensor, counts: Sequence[int]) -> NativeKV:
-        """The same with the first counts[s] of every sequence's rows alone; rows [R] are theirs in this step."""
-        starts = self.row_starts[:-1]
-        ends = self.context_lens - (self.row_starts[1:] - starts) + np.asarray(counts, dtype=np.int32)
-        row_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        slots = self.slots.index_select(0, rows)
-        return NativeKV(self.pool, self.block_size, slots, row_starts, ends.astype(np.int32), self.table_starts, self.tables)

@@ -42,15 +42,14 @@ def paged_attention(
     layer = (LayerStruct * 1)(LayerStruct(window=window))
     model = ModelStruct(num_layers=1, num_heads=num_heads, num_kv_heads=keys.shape[1], head_dim=head_dim, layers=layer)
     pool = PoolStruct(keys.data_ptr(), values.data_ptr(), KINDS[keys.dtype], block_size, 0)
-    last_rows = torch.from_numpy(row_starts[1:].astype(np.int64)) - 1
     arrays = {
         "row_starts": row_starts,
-        "context_lens": (positions[last_rows] + 1).numpy().astype(np.int32),
         "table_starts": np.cumsum([0, *map(len, tables[:-1])]).astype(np.int32),
         "tables": np.array([block for table in tables for block in table], dtype=np.int32),
     }
     pointers = {name: array.ctypes.data for name, array in arrays.items()}
-    step = StepStruct(num_rows=num_rows, num_sequences=len(tables), positions=positions.data_ptr(), **pointers)
+    sizes = {"num_rows": num_rows, "num_sequences": len(tables), "capacity": num_rows}
+    step = StepStruct(positions=positions.data_ptr(), **sizes, **pointers)
     partial = torch.empty(PARTIAL_SIZE if is_split else 0)
     step.partial, step.partial_size = partial.data_ptr(), len(partial)
     library, num_threads = kernels.library(), torch.get_num_threads()

@@ -55,24 +55,32 @@ struct Pool {
     int32_t kind;  // kFloat32 or kBfloat16
     int32_t block_size;
     int64_t layer_stride;  // in numbers
+    float* latents;        // [slots + 1, D]
 };
 
-// Sequence s owns rows row_starts[s]..row_starts[s+1]; its last row stands at position context_lens[s] - 1, and its blocks are
+// Sequence s owns rows row_starts[s]..row_starts[s+1], at positions that follow each other, and its blocks are
 // tables[table_starts[s]...].
 struct Step {
     int64_t num_rows, num_sequences;
-    const int64_t* tokens;     // [T]
-    const int64_t* positions;  // [T]
-    const int64_t* slots;      // [T] where keys and values go
+    int64_t capacity;            // rows that the workspace is cut for
+    const int64_t* tokens;       // [T]
+    const int64_t* positions;    // [T]
+    const int64_t* slots;        // [T] where keys, values and latents go
+    const int64_t* memory_rows;  // [T] row of the pool's latents that is the row's memory; null for a plain model
     const int32_t* row_starts;
-    const int32_t* context_lens;
     const int32_t* table_starts;
     const int32_t* tables;
-    const float* memory;  // [T, D], or null for a plain model
-    float* x;             // [T, D padded to 16] residual stream
-    float* x0;            // the same before layer 0
-    float* partial;       // where pieces of attention wait for each other, `partial_size` numbers
+    float tolerance;  // relative change up to which a memory has settled
+    float* partial;   // where pieces of attention wait for each other, `partial_size` numbers
     int64_t partial_size;
+};
+
+// What comes of a step, sequence by sequence.
+struct Outcome {
+    int32_t* num_settled;  // [S] leading rows that are final
+    float* residuals;      // [S] largest relative change of a memory; negative where the sequence has but one row
+    int32_t* is_finite;    // [S] whether the states of its settled rows are numbers
+    float* hidden;         // [T, D] the settled rows' hidden states, one sequence's behind another's
 };
 
 }  // namespace lrt

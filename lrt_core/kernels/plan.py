@@ -73,7 +73,7 @@ class ModelStruct(Structure):
 
 
 class PoolStruct(Structure):
-    """Keys and values of the paged pool."""
+    """The paged pool."""
 
     _fields_ = (
         ("keys", c_void_p),
@@ -81,6 +81,7 @@ class PoolStruct(Structure):
         ("kind", c_int32),
         ("block_size", c_int32),
         ("layer_stride", c_int64),
+        ("latents", c_void_p),
     )
 
 
@@ -90,13 +91,18 @@ class StepStruct(Structure):
     _fields_ = (
         ("num_rows", c_int64),
         ("num_sequences", c_int64),
-        *(
-            (name, c_void_p)
-            for name in ("tokens", "positions", "slots", "row_starts", "context_lens", "table_starts", "tables")
-        ),
-        *((name, c_void_p) for name in ("memory", "x", "x0", "partial")),
+        ("capacity", c_int64),
+        *((name, c_void_p) for name in ("tokens", "positions", "slots", "memory_rows", "row_starts", "table_starts", "tables")),
+        ("tolerance", c_float),
+        ("partial", c_void_p),
         ("partial_size", c_int64),
     )
+
+
+class OutcomeStruct(Structure):
+    """What comes of a step."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("num_settled", "residuals", "is_finite", "hidden"))
 
 
 def padded(size: int) -> int:
@@ -151,13 +157,11 @@ def declare(library: ctypes.CDLL) -> None:
     library.lrt_use_set.restype = None
     library.lrt_workspace_size.restype = c_int64
     library.lrt_workspace_size.argtypes = (POINTER(ModelStruct), c_int64, c_int64)
-    library.lrt_embed.argtypes = (POINTER(ModelStruct), POINTER(StepStruct), c_int64)
-    library.lrt_embed.restype = None
-    library.lrt_layers.argtypes = (
+    library.lrt_forward.argtypes = (
         *(POINTER(ModelStruct), POINTER(PoolStruct), POINTER(StepStruct)),
-        *(c_int64, c_int64, c_void_p, c_void_p, c_int64),
+        *(c_int64, c_void_p, POINTER(OutcomeStruct), c_int64),
     )
-    library.lrt_layers.restype = None
+    library.lrt_forward.restype = None
     library.lrt_apply.argtypes = (POINTER(MatrixStruct), c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int64)
     library.lrt_apply.restype = None
     library.lrt_attend.argtypes = (

@@ -17,9 +17,11 @@ def apply(matrix: PackedMatrix, x: Tensor, softcap: float = 0.0) -> Tensor:
     """
     assert x.dtype == torch.float32 and x.ndim == 2 and x.shape[1] == matrix.k
     x = x.contiguous()
-    out = torch.empty(len(x), matrix.n)
-    workspace = torch.zeros(len(x) * (8 * padded(matrix.k) + 4), dtype=torch.uint8)
-    pointers = (x.data_ptr(), len(x), softcap, workspace.data_ptr(), out.data_ptr())
+    num_rows = x.shape[0]
+    out = torch.empty(num_rows, matrix.n)
+    make = torch.empty if matrix.k == padded(matrix.k) else torch.zeros  # padding must be zero
+    workspace = make(num_rows * (8 * padded(matrix.k) + 4), dtype=torch.uint8)
+    pointers = (x.data_ptr(), num_rows, softcap, workspace.data_ptr(), out.data_ptr())
     kernels.library().lrt_apply(matrix.struct, *pointers, torch.get_num_threads())
     return out
 

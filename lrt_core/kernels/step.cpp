@@ -2,7 +2,7 @@
 //
 // Plain C++17 without any header of torch or Python, so that any compiler builds it. Threads come from OpenMP: no library is
 // linked for it, the loader brings the one that torch already uses, so that one pool of threads serves both.
-// Neighbours: `plan.h` has the structs, `products.h`, `attention.h` and `step.h` the work, `plan.py` the Python side.
+// Neighbours: `plan.h` has the structs, `products.h`, `attention.h`, `step.h` and `forward.h` the work, `plan.py` the Python side.
 
 #include <cstdint>
 #include <cstring>
@@ -56,6 +56,7 @@ namespace {
 #include "products.h"
 #include "attention.h"
 #include "step.h"
+#include "forward.h"
 }  // namespace
 }  // namespace plain
 #undef LANES
@@ -78,6 +79,7 @@ namespace {
 #include "products.h"
 #include "attention.h"
 #include "step.h"
+#include "forward.h"
 }  // namespace
 }  // namespace avx2
 #undef LANES
@@ -100,6 +102,7 @@ namespace {
 #include "products.h"
 #include "attention.h"
 #include "step.h"
+#include "forward.h"
 }  // namespace
 }  // namespace avx512
 #ifdef __clang__
@@ -122,6 +125,7 @@ namespace {
 #include "products.h"
 #include "attention.h"
 #include "step.h"
+#include "forward.h"
 }  // namespace
 }  // namespace avx512_vnni
 #ifdef __clang__
@@ -145,6 +149,7 @@ namespace {
 #include "products.h"
 #include "attention.h"
 #include "step.h"
+#include "forward.h"
 }  // namespace
 }  // namespace avx512_bf16
 #ifdef __clang__
@@ -160,14 +165,13 @@ namespace {
 
 struct Set {
     const char* name;
-    void (*embed)(const Model&, const Step&, Team&);
-    void (*layers)(const Model&, const Pool&, const Step&, int64_t, int64_t, char*, float*, Team&);
+    void (*forward)(const Model&, const Pool&, const Step&, int64_t, char*, const Outcome&, Team&);
     void (*apply)(const Matrix&, const float*, int64_t, float, char*, float*, Team&);
     void (*attend)(const Model&, const Pool&, const Step&, const float*, char*, float*, Team&);
     int64_t (*workspace_size)(const Model&, int64_t, int64_t);
 };
 
-#define SET(name) Set{#name, name::embed, name::layers, name::apply, name::attend, name::workspace_size}
+#define SET(name) Set{#name, name::forward, name::apply, name::attend, name::workspace_size}
 
 // What this processor has, the best first.
 const std::vector<Set>& available() {
@@ -232,16 +236,13 @@ int64_t lrt_workspace_size(const lrt::Model* model, int64_t rows, int64_t num_th
     return lrt::set.workspace_size(*model, rows, num_threads);
 }
 
-// step->x and step->x0 = the residual stream before layer 0.
-void lrt_embed(const lrt::Model* model, const lrt::Step* step, int64_t num_threads) {
-    lrt::run_team(num_threads, lrt::kOtherCounters, [&](lrt::Team& team) { lrt::set.embed(*model, *step, team); });
-}
-
-// Layers first..end - 1 over step->x; out [T, D] = norm of what they leave. workspace: `lrt_workspace_size` bytes, zeroed once.
-void lrt_layers(const lrt::Model* model, const lrt::Pool* pool, const lrt::Step* step, int64_t first, int64_t end, char* workspace,
-                float* out, int64_t num_threads) {
-    lrt::run_team(num_threads, lrt::kOtherCounters + lrt::kCountersPerLayer * (end - first),
-                  [&](lrt::Team& team) { lrt::set.layers(*model, *pool, *step, first, end, workspace, out, team); });
+// A whole step; `forward.h` says what it does. end_of_source: layers up to and with the source. workspace: `lrt_workspace_size`
+// bytes for step->capacity rows, zeroed once.
+void lrt_forward(const lrt::Model* model, const lrt::Pool* pool, const lrt::Step* step, int64_t end_of_source, char* workspace,
+                 const lrt::Outcome* outcome, int64_t num_threads) {
+    lrt::run_team(num_threads, lrt::kOtherCounters + lrt::kCountersPerLayer * model->num_layers, [&](lrt::Team& team) {
+        lrt::set.forward(*model, *pool, *step, end_of_source, workspace, *outcome, team);
+    });
 }
 
 // out [rows, n] = input [rows, k] times the matrix, capped where softcap > 0. workspace: rows * (8 * (k padded to 16) + 4) bytes, zeroed.
@@ -251,7 +252,7 @@ void lrt_apply(const lrt::Matrix* matrix, const float* input, int64_t rows, floa
                   [&](lrt::Team& team) { lrt::set.apply(*matrix, input, rows, softcap, workspace, out, team); });
 }
 
-// Attention alone over the first layer's part of the pool: queries [T, N, H] -> out [T, N * H]. workspace as for `lrt_layers`.
+// Attention alone over the first layer's part of the pool: queries [T, N, H] -> out [T, N * H]. workspace as for `lrt_forward`.
 void lrt_attend(const lrt::Model* model, const lrt::Pool* pool, const lrt::Step* step, const float* queries, char* workspace,
                 float* out, int64_t num_threads) {
     lrt::run_team(num_threads, lrt::kOtherCounters,

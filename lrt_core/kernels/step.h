@@ -1,5 +1,14 @@
 // The layers of one step over the rows of all its sequences, by a team of threads that meets between phases. Included once
 // per instruction set by `step.cpp`. The arithmetic is that of `model.py`; residual stream, latents and sums are float32.
+// Neighbours: `forward.h` has what comes before, between and after the layers.
+
+// Rows of a step on their way through the layers: some, in order. Row i of them is row rows[i] of the step, and so of what
+// stands below; tokens, positions, slots and row_starts are those of the rows at hand.
+struct Stream : Step {
+    const int32_t* rows;
+    float *x, *x0;        // [T, D padded to 16] residual stream, and the same before layer 0
+    const float* memory;  // [T, D], or null for a plain model
+};
 
 INLINE void inject_row(const Layer& layer, const float* memory, const float* x0, float* x, int64_t size) {
     const float own = layer.residual_scale, start = layer.embedding_scale, gamma = layer.memory_scale;
@@ -78,7 +87,7 @@ INLINE void place_query(const float* head, int64_t size, int64_t padded, float s
 // Everything a layer's product left for key/value head g of a row: gates, memory, value embedding, rope and norm; keys and
 // values go to the pool, queries to `queries`. product: the row of the input product; projected: of the memory's, or null.
 template <typename T>
-NOINLINE void place_heads(const Model& m, const Layer& layer, const Step& step, int64_t row, int64_t g, const float* product,
+NOINLINE void place_heads(const Model& m, const Layer& layer, const Stream& step, int64_t row, int64_t g, const float* product,
                         const float* projected, T* keys, T* values, float* queries, float* head) {
     const int64_t size = m.head_dim, kv_size = m.num_kv_heads * size, group = m.num_heads / m.num_kv_heads;
     const float* gates = product + m.num_heads * size + 2 * kv_size + g;
@@ -123,6 +132,9 @@ struct Workspace {
     float *product, *projected, *queries, *scratch;
     int64_t product_stride, projected_stride, scratch_size;
     int32_t* chunks;  // (sequence, first row, rows) of every group of rows that attends together
+    float *x, *x0, *recalled, *latents, *changes;
+    int32_t *rows, *is_finite, *row_starts;
+    int64_t *tokens, *positions, *slots;
 
     // Cuts for `rows` rows; with base null it only counts. Returns the bytes needed.
     INLINE int64_t cut(const Model& m, int64_t rows, int64_t num_threads, char* base) {
@@ -159,6 +171,11 @@ struct Workspace {
         chunks = reinterpret_cast<int32_t*>(take(rows * 3 * 4));
         scratch_size = AttentionScratch::size(padded) + 2 * m.head_dim;
         scratch = reinterpret_cast<float*>(take(num_threads * ((scratch_size + 15) / 16 * 16) * 4));
+        for (float** part : {&x, &x0}) *part = reinterpret_cast<float*>(take(rows * padded_size(m.hidden_size) * 4));
+        for (float** part : {&recalled, &latents}) *part = reinterpret_cast<float*>(take(rows * m.hidden_size * 4));
+        changes = reinterpret_cast<float*>(take(rows * 4));
+        for (int32_t** part : {&this->rows, &is_finite, &row_starts}) *part = reinterpret_cast<int32_t*>(take((rows + 1) * 4));
+        for (int64_t** part : {&tokens, &positions, &slots}) *part = reinterpret_cast<int64_t*>(take(rows * 8));
         return used;
     }
 };
@@ -279,13 +296,14 @@ INLINE void prepare(const Matrix& m, const Activation& a, int64_t rows, Team& te
 }
 
 template <typename T>
-INLINE void run_layer(const Model& m, const Pool& pool, const Step& step, int64_t index, int64_t num_chunks, const Workspace& w,
+NOINLINE void run_layer(const Model& m, const Pool& pool, const Stream& step, int64_t index, int64_t num_chunks, const Workspace& w,
                       float* scratch, Team& team) {
     const Layer& layer = m.layers[index];
     const int64_t rows = step.num_rows, size = m.hidden_size, stride = padded_size(size);
     each_row(rows, team, [&](int64_t row) __attribute__((always_inline)) {
-        float* x = step.x + row * stride;
-        inject_row(layer, step.memory == nullptr ? nullptr : step.memory + row * size, step.x0 + row * stride, x, size);
+        const int64_t own = step.rows[row];
+        float* x = step.x + own * stride;
+        inject_row(layer, step.memory == nullptr ? nullptr : step.memory + own * size, step.x0 + own * stride, x, size);
         set_row(w.normed, row, x, norm_scale(x, size, m.eps), size);
         if (layer.input.kind == kInt8) w.normed.quantize(row);
     });
@@ -303,7 +321,8 @@ INLINE void run_layer(const Model& m, const Pool& pool, const Step& step, int64_
     const bool has_projected = layer.memory.data != nullptr || m.shares_memory;
     each_row(rows * m.num_kv_heads, team, [&](int64_t task) __attribute__((always_inline)) {
         const int64_t row = task / m.num_kv_heads;
-        const float* projected = has_projected ? w.projected + row * w.projected_stride : nullptr;
+        const int64_t own = layer.memory.data != nullptr ? row : step.rows[row];
+        const float* projected = has_projected ? w.projected + own * w.projected_stride : nullptr;
         float* head = scratch + AttentionScratch::size(padded_head(m.head_dim));
         place_heads<T>(m, layer, step, row, task % m.num_kv_heads, w.product + row * w.product_stride, projected, keys, values,
                           w.queries, head);
@@ -312,14 +331,14 @@ INLINE void run_layer(const Model& m, const Pool& pool, const Step& step, int64_
     attend_all<T>(m, pool, step, index, num_chunks, w, scratch, team);
     team.barrier();
     const auto add_to_stream = [&](int64_t row, int64_t column, VF sum) __attribute__((always_inline)) {
-        float* x = step.x + row * stride + column;
+        float* x = step.x + step.rows[row] * stride + column;
         store(x, load<VF>(x) + sum);
     };
     prepare(layer.output, w.attended, rows, team);
     product(layer.output, w.attended, rows, team, add_to_stream);
     team.barrier();
     each_row(rows, team, [&](int64_t row) __attribute__((always_inline)) {
-        const float* x = step.x + row * stride;
+        const float* x = step.x + step.rows[row] * stride;
         set_row(w.normed, row, x, norm_scale(x, size, m.eps), size);
         if (layer.up.kind == kInt8) w.normed.quantize(row);
     });
@@ -334,46 +353,11 @@ INLINE void run_layer(const Model& m, const Pool& pool, const Step& step, int64_
     team.barrier();
 }
 
-template <typename T>
-INLINE void run_layers(const Model& m, const Pool& pool, const Step& step, int64_t first, int64_t end, char* memory, float* out,
-                       Team& team) {
-    Workspace w;
-    w.cut(m, step.num_rows, team.num_threads, memory);
-    float* scratch = w.scratch + team.thread * ((w.scratch_size + 15) / 16 * 16);
-    const int64_t size = m.hidden_size, stride = padded_size(size);
-    const int64_t num_chunks = count_chunks(m, step);
-    if (team.thread == 0) cut_chunks(m, step, w.chunks);
-    if (step.memory != nullptr) {
-        const Matrix& projection = m.shares_memory ? m.memory : m.layers[0].memory;
-        each_row(step.num_rows, team, [&](int64_t row) __attribute__((always_inline)) {
-            set_row(w.memory, row, step.memory + row * size, 1.0f, size);
-            if (projection.kind == kInt8) w.memory.quantize(row);
-        });
-        if (m.shares_memory) {
-            team.barrier();
-            product(m.memory, w.memory, step.num_rows, team, [&](int64_t row, int64_t column, VF sum) __attribute__((always_inline)) {
-                store(w.projected + row * w.projected_stride + column, sum);
-            });
-        }
-    }
-    for (int64_t index = first; index < end; ++index) run_layer<T>(m, pool, step, index, num_chunks, w, scratch, team);
-    each_row(step.num_rows, team, [&](int64_t row) __attribute__((always_inline)) {
-        const float* x = step.x + row * stride;
-        const float scale = norm_scale(x, size, m.eps);
-        for (int64_t i = 0; i < size; ++i) out[row * size + i] = x[i] * scale;
-    });
-}
-
-void layers(const Model& m, const Pool& pool, const Step& step, int64_t first, int64_t end, char* memory, float* out, Team& team) {
-    if (pool.kind == kBfloat16) return run_layers<uint16_t>(m, pool, step, first, end, memory, out, team);
-    run_layers<float>(m, pool, step, first, end, memory, out, team);
-}
-
 // Attention alone: queries float32 [T, N, H], after rope and norm, over one layer of the pool -> out [T, N * H].
 template <typename T>
 INLINE void attend_only(const Model& m, const Pool& pool, const Step& step, const float* queries, char* memory, float* out, Team& team) {
     Workspace w;
-    w.cut(m, step.num_rows, team.num_threads, memory);
+    w.cut(m, step.capacity, team.num_threads, memory);
     float* scratch = w.scratch + team.thread * ((w.scratch_size + 15) / 16 * 16);
     const int64_t size = m.head_dim, padded = padded_head(size), width = m.num_heads * size;
     const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(size));
@@ -397,21 +381,6 @@ void attend(const Model& m, const Pool& pool, const Step& step, const float* que
 int64_t workspace_size(const Model& m, int64_t rows, int64_t num_threads) {
     Workspace w;
     return w.cut(m, rows, num_threads, nullptr);
-}
-
-// x and x0 [T, D padded] = norm of the tokens' embeddings.
-void embed(const Model& m, const Step& step, Team& team) {
-    const int64_t size = m.hidden_size, stride = padded_size(size);
-    each_row(step.num_rows, team, [&](int64_t row) __attribute__((always_inline)) {
-        const int64_t first = step.tokens[row] * size;
-        float* x = step.x + row * stride;
-        if (m.embedding_kind == kBfloat16) {
-            embed_row(static_cast<const uint16_t*>(m.embedding) + first, x, size, m.eps);
-        } else {
-            embed_row(static_cast<const float*>(m.embedding) + first, x, size, m.eps);
-        }
-        for (int64_t i = 0; i < stride; ++i) step.x0[row * stride + i] = x[i];
-    });
 }
 
 // out [rows, n] = input [rows, k] times the matrix; softcap > 0: softcap * tanh(. / softcap) of it.

@@ -1,6 +1,6 @@
 """`lrt-bench scheduler`: what the engine does in a step besides computing, for many sequences. No model runs.
 
-Three parts: choosing the step's windows, laying them out as tensors, and taking in what came of them (advance, hash what
+Three parts: choosing the step's windows, laying them out as arrays, and taking in what came of them (advance, hash what
 settled, end and admit). Neighbours: `server/engine/scheduler.py` and `batch.py` are what is timed.
 """
 
@@ -12,10 +12,6 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-
-from lrt_core.config import ModelConfig, RecurrenceConfig
-from lrt_core.paged import PagedPool
 from server.bench.limits import Limits
 from server.bench.repeat import Work, interleave
 from server.bench.report import Figure, Report
@@ -28,8 +24,6 @@ from server.engine.sequence import Sequence
 
 PARTS = ("choose", "lay out", "take in")
 VOCAB_SIZE = 100
-TINY = ModelConfig(VOCAB_SIZE, 64, 1, 1, 1, 32, recurrence=RecurrenceConfig(0, "shared"))
-"""Only its pool's addresses matter."""
 
 
 @dataclass
@@ -53,7 +47,6 @@ class Bench:
         )
         self.blocks = BlockManager(self.config.num_blocks, BLOCK_SIZE, "bench")
         self.scheduler = Scheduler(self.config, self.blocks)
-        self.pool = PagedPool(TINY, self.config.capacity, torch.float32)
         for index in range(self.num_sequences):
             self._arrive(self.new_tokens * (index + 1) // self.num_sequences)
         self.step()
@@ -69,7 +62,7 @@ class Bench:
         started = time.perf_counter()
         windows = self.scheduler.schedule()
         chosen = time.perf_counter()
-        build(windows, self.pool, BLOCK_SIZE, native=True)
+        build(windows, self.config.capacity, BLOCK_SIZE)
         laid_out = time.perf_counter()
         num_ended = 0
         for window in windows:

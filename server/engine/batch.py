@@ -1,140 +1,76 @@
-"""From scheduled windows to flat tensors: what one forward of the model needs, and where its results belong.
+"""From scheduled windows to one step's flat arrays: what one forward of the model needs.
 
-Decoding sequences come first, so that they are one padded group; every prompt window is a group of its own.
+Python touches a window once; what belongs to its tokens is made for all of them together. Sequences of one row come first, as a
+step wants them. Neighbours: `scheduler.py` chooses the windows, `lrt_core/step.py` says what a step is and computes it.
 """
 
 from __future__ import annotations
 
-import itertools
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
-from lrt_core.paged import DecodeGroup, NativeKV, PagedKV, PagedPool, WindowGroup
+from lrt_core.step import PagedStep
 from server.engine.scheduler import ScheduledWindow
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One step, flat. tokens, positions, slots and memory_rows are int64 [T]; window i owns rows offsets[i]..offsets[i+1]."""
-
-    windows: list[ScheduledWindow]
-    offsets: list[int]
-    tokens: Tensor
-    positions: Tensor
-    slots: Tensor
-    memory_rows: Tensor
-    kv: PagedKV | NativeKV
-
-
-def build(windows: Sequence[ScheduledWindow], pool: PagedPool, block_size: int, native: bool = False) -> Batch:
-    """Lay out the step's windows over the pool, for native code or for torch."""
-    ordered = sorted(windows, key=lambda window: window.num_tokens > 1)
-    tokens: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    memory_rows: list[int] = []
-    offsets = [0]
-    for window in ordered:
-        sequence, start = window.sequence, window.start
-        if window.num_tokens == 1:  # most windows are, so they are not made of lists
+def build(windows: Sequence[ScheduledWindow], zero_row: int, block_size: int) -> tuple[list[ScheduledWindow], PagedStep]:
+    """The windows in the order of the step's sequences, and the step. zero_row: latent row of what has no memory yet."""
+    ordered = [window for window in windows if window.num_tokens == 1]
+    num_decodes = len(ordered)
+    ordered += [window for window in windows if window.num_tokens > 1]
+    tokens, starts, touched = array("q"), array("q"), array("q")
+    tables, table_starts, row_starts = array("i"), array("i"), array("i", (0,))
+    for index, (sequence, start, num_tokens, _) in enumerate(ordered):
+        if index < num_decodes:
             tokens.append(sequence.token_ids[start])
-            positions.append(start)
-            slots.append(_slot(sequence.block_table, start, block_size))
-            memory_rows.append(_slot(sequence.block_table, start - 1, block_size) if start else pool.zero_row)
         else:
-            end = start + window.num_tokens
-            tokens += sequence.token_ids[start:end]
-            positions += range(start, end)
-            own = slots_of(sequence.block_table, start, end, block_size)
-            slots += own
-            memory_rows += _memory_rows(window, own, pool.zero_row, block_size)
-        offsets.append(len(tokens))
-    device = pool.keys.device
-    flat = torch.tensor([tokens, positions, slots, memory_rows], device=device)
-    kv: PagedKV | NativeKV
-    if native:
-        kv = _native_kv(ordered, offsets, flat[2], pool, block_size)
-    else:
-        kv = PagedKV(pool, flat[2], *_groups(ordered, offsets, block_size, device))
-    return Batch(ordered, offsets, flat[0], flat[1], flat[2], flat[3], kv)
+            tokens.extend(sequence.token_ids[start : start + num_tokens])
+        starts.append(start)
+        touched.append(sequence.num_touched_tokens)
+        table_starts.append(len(tables))
+        tables += sequence.block_table
+        row_starts.append(len(tokens))
+    first_row, first_block = _int32(row_starts), _int32(table_starts)
+    positions, blocks, known = _int64(starts), first_block, _int64(touched)
+    if num_decodes < len(ordered):
+        owners = np.repeat(np.arange(len(ordered)), np.diff(first_row))
+        positions = positions[owners] + np.arange(len(tokens)) - first_row[owners]
+        blocks, known = blocks[owners], known[owners]
+    rows = np.empty((4, len(tokens)), dtype=np.int64)
+    rows[0], rows[1] = _int64(tokens), positions
+    all_blocks = _int32(tables)
+    _fill_slots(rows[2], positions, all_blocks, blocks, block_size)
+    _fill_slots(rows[3], np.maximum(positions - 1, 0), all_blocks, blocks, block_size)
+    # A predecessor's latent is there where it has been computed since the sequence was placed.
+    rows[3][(positions == 0) | (positions > known)] = zero_row
+    return ordered, PagedStep(rows, first_row, first_block, all_blocks, block_size)
 
 
-def _native_kv(windows: list[ScheduledWindow], offsets: list[int], slots: Tensor, pool: PagedPool, block_size: int) -> NativeKV:
-    tables, starts, context_lens = array("i"), array("i"), array("i")
-    for window in windows:
-        starts.append(len(tables))
-        tables.extend(window.sequence.block_table)
-        context_lens.append(window.start + window.num_tokens)
-    parts = (np.frombuffer(part, dtype=np.int32) for part in (array("i", offsets), context_lens, starts, tables))
-    return NativeKV(pool, block_size, slots, *parts)
-
-
-def settled_part(batch: Batch, num_settled: Sequence[int]) -> tuple[Tensor, list[int], PagedKV | NativeKV]:
-    """The leading num_settled[i] rows of every window i: their rows in the batch [R], the windows' offsets among them, and the
-    pool as they see it."""
-    if isinstance(batch.kv, NativeKV):
-        return _native_settled_part(batch, batch.kv, num_settled)
-    rows: list[int] = []
-    offsets = [0]
-    groups = []
-    num_decodes = len(batch.windows) - len(batch.kv.windows)
-    for index, (start, count) in enumerate(zip(batch.offsets, num_settled, strict=False)):
-        rows += range(start, start + count)
-        if index >= num_decodes:
-            group = batch.kv.windows[index - num_decodes]
-            context = len(group.slots) - group.num_tokens + count
-            groups.append(WindowGroup(offsets[-1], count, group.slots[:context]))
-        offsets.append(len(rows))
-    index_of_rows = torch.tensor(rows, device=batch.slots.device)
-    kv = PagedKV(batch.kv.pool, batch.slots.index_select(0, index_of_rows), batch.kv.decodes, groups)
-    return index_of_rows, offsets, kv
-
-
-def _native_settled_part(batch: Batch, kv: NativeKV, num_settled: Sequence[int]) -> tuple[Tensor, list[int], NativeKV]:
-    starts = zip(batch.offsets, num_settled, strict=False)
-    rows = torch.tensor([row for start, count in starts for row in range(start, start + count)])
-    return rows, [0, *itertools.accumulate(num_settled)], kv.leading(rows, num_settled)
-
-
-def slots_of(block_table: list[int], start: int, end: int, block_size: int) -> list[int]:
+def slots_of(block_table: Sequence[int], start: int, end: int, block_size: int) -> list[int]:
     """Pool slots of positions start..end - 1."""
-    return [_slot(block_table, position, block_size) for position in range(start, end)]
+    return [block_table[position // block_size] * block_size + position % block_size for position in range(start, end)]
 
 
-def _slot(block_table: list[int], position: int, block_size: int) -> int:
-    return block_table[position // block_size] * block_size + position % block_size
+def _fill_slots(
+    out: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
+    tables: npt.NDArray[np.int32],
+    table_starts: npt.NDArray[np.int32],
+    block_size: int,
+) -> None:
+    """The slot of every position, whose sequence's blocks are tables[table_starts...]."""
+    index, offset = np.divmod(positions, block_size)
+    out[:] = tables[table_starts + index]
+    out *= block_size
+    out += offset
 
 
-def _memory_rows(window: ScheduledWindow, slots: list[int], zero_row: int, block_size: int) -> list[int]:
-    """Latent row of each position's predecessor, where one has been computed since the sequence was placed."""
-    sequence, start = window.sequence, window.start
-    before = [_slot(sequence.block_table, start - 1, block_size) if start else zero_row]
-    rows = before + slots[:-1]
-    num_known = sequence.num_touched_tokens - start + 1
-    return rows if num_known >= len(rows) else rows[: max(num_known, 1)] + [zero_row] * (len(rows) - max(num_known, 1))
+def _int64(numbers: array[int]) -> npt.NDArray[np.int64]:
+    return np.frombuffer(numbers, dtype=np.int64)
 
 
-def _groups(
-    windows: list[ScheduledWindow], offsets: list[int], block_size: int, device: torch.device
-) -> tuple[DecodeGroup | None, list[WindowGroup]]:
-    num_decodes = sum(window.num_tokens == 1 for window in windows)
-    decodes = _decode_group(windows[:num_decodes], block_size, device) if num_decodes else None
-    groups = []
-    for window, offset in zip(windows[num_decodes:], offsets[num_decodes:-1], strict=True):
-        context = slots_of(window.sequence.block_table, 0, window.start + window.num_tokens, block_size)
-        groups.append(WindowGroup(offset, window.num_tokens, torch.tensor(context, device=device)))
-    return decodes, groups
-
-
-def _decode_group(windows: list[ScheduledWindow], block_size: int, device: torch.device) -> DecodeGroup:
-    context_lens = [window.start + 1 for window in windows]
-    num_blocks = -(-max(context_lens) // block_size)
-    tables = [(window.sequence.block_table + [0] * num_blocks)[:num_blocks] for window in windows]
-    blocks = torch.tensor(tables, device=device)
-    slots = (blocks.unsqueeze(-1) * block_size + torch.arange(block_size, device=device)).flatten(1)
-    return DecodeGroup(slots[:, : max(context_lens)].contiguous(), torch.tensor(context_lens, device=device))
+def _int32(numbers: array[int]) -> npt.NDArray[np.int32]:
+    return np.frombuffer(numbers, dtype=np.int32)

@@ -77,9 +77,9 @@ class BlockManager:
         assert not sequence.block_table
         for block in matched:
             self._reference(block)
-        sequence.block_table = list(matched)
+        sequence.block_table = array("i", matched)
         sequence.num_registered_blocks = len(matched)
-        sequence.block_table += [self._take() for _ in range(self._num_missing(sequence))]
+        sequence.block_table.extend(self._take() for _ in range(self._num_missing(sequence)))
         return len(matched) * self.block_size
 
     # Growing: room for the tokens that the next step writes.
@@ -90,7 +90,7 @@ class BlockManager:
         num_missing, is_shared = self._num_missing(sequence), self._is_write_shared(sequence)
         if num_missing + is_shared > len(self._free):
             return False
-        sequence.block_table += [self._take() for _ in range(num_missing)]
+        sequence.block_table.extend(self._take() for _ in range(num_missing))
         if is_shared:
             self._part(sequence, sequence.num_computed_tokens // self.block_size)
         return True
@@ -117,14 +117,14 @@ class BlockManager:
         assert not child.block_table
         for block in parent.block_table:
             self._reference(block)
-        child.block_table = list(parent.block_table)
+        child.block_table = parent.block_table[:]
         child.num_registered_blocks = parent.num_registered_blocks
 
     def free(self, sequence: Sequence) -> None:
         """Drop the sequence's references; its beginning stays cached longest."""
         for block in reversed(sequence.block_table):
             self._release(block)
-        sequence.block_table = []
+        sequence.block_table = array("i")
         sequence.num_registered_blocks = 0
 
     def register(self, sequence: Sequence) -> None:

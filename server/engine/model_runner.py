@@ -1,26 +1,25 @@
-"""One step on the model: forward, which positions settled, logits where they are read, tokens drawn.
+"""One step on the model: forward, logits where they are read, tokens drawn.
 
 The lm_head runs only on rows that are read (a sequence's last settled row, prompt rows whose logprobs were asked for), in
 chunks of `logits_rows`, so that logits of a long prompt, or of many samples at once, never exist whole.
-Neighbours: `batch.py` lays the step out, `lrt_core.refine` has the settling rule, `engine.py` calls `execute`.
+Neighbours: `batch.py` lays the step out, `lrt_core/step.py` and `native_model.py` compute it, `engine.py` calls `execute`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrt_core.config import ModelConfig
+from lrt_core.model import LatentRecurrentTransformer
 from lrt_core.native_model import NativeModel
 from lrt_core.paged import PagedPool
-from lrt_core.refine import relative_change
 from lrt_core.sampling import SampleRow, sample, top_logprobs
-from lrt_core.window import num_settled
-from server.engine.batch import Batch, build, settled_part, slots_of
+from lrt_core.step import PagedStep, StepResult, run_step
+from server.engine.batch import build, slots_of
 from server.engine.block_manager import Copy
 from server.engine.config import EngineConfig
 from server.engine.request import TokenLogprob
@@ -36,21 +35,6 @@ them takes a few times as much."""
 def logits_rows(vocab_size: int) -> int:
     """Rows of logits that exist at once."""
     return max(1, min(LOGITS_CHUNK, LOGITS_BYTES // (4 * vocab_size)))
-
-
-class ServingModel(Protocol):
-    """What a step needs of a model: torch's, or the native one over its own stream and cache."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def device(self) -> torch.device: ...
-    def begin(self, tokens: Tensor, positions: Tensor, memory: Tensor | None) -> Any: ...
-    def run_to_source(self, stream: Any, kv: Any) -> Tensor: ...
-    def run_from_source(self, stream: Any, latents: Tensor, kv: Any) -> Tensor: ...
-    def logits(self, hidden: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -80,6 +64,9 @@ class Scoring(NamedTuple):
     hidden: Tensor
 
 
+ServingModel = LatentRecurrentTransformer | NativeModel
+
+
 class ModelRunner:
     """The model, native or torch's, with its paged pool."""
 
@@ -88,57 +75,43 @@ class ModelRunner:
         self.config = config
         self.pool = PagedPool(model.config, config.capacity, model.dtype, model.device)
 
-    @torch.inference_mode()
     def execute(self, windows: SequenceABC[ScheduledWindow], copies: SequenceABC[Copy] = ()) -> list[WindowResult]:
         """Copy blocks, then run one step; results stand in the order of the batch, those that only score last. Sequences are
         not changed (the engine does that)."""
-        self._copy_blocks(copies)
-        computing = [window for window in windows if window.num_tokens]
-        results, scorings = self._compute(computing) if computing else ([], [])
-        for window in windows:
-            if not window.num_tokens:
-                results.append(WindowResult(window, 0, None))
-                scorings.append(self._cached_part(results[-1]))
-        self._score(scorings)
+        with torch.inference_mode():
+            self._copy_blocks(copies)
+            computing = [window for window in windows if window.num_tokens]
+            results, scorings = self._compute(computing) if computing else ([], [])
+            for window in windows:
+                if not window.num_tokens:
+                    results.append(WindowResult(window, 0, None))
+                    scorings.append(self._cached_part(results[-1]))
+            self._score(scorings)
         return results
 
     def _compute(self, windows: list[ScheduledWindow]) -> tuple[list[WindowResult], list[Scoring]]:
         """A forward over the windows; returns also which prompt tokens are to be scored by it."""
-        batch = build(windows, self.pool, self.config.block_size, isinstance(self.model, NativeModel))
-        recurrent = self.model.config.recurrence is not None
-        memory = self.pool.load_memory(batch.memory_rows) if recurrent else None
-        stream = self.model.begin(batch.tokens, batch.positions, memory)
-        latents = self.model.run_to_source(stream, batch.kv)
-        self.pool.store_latents(batch.slots, latents)
-        results = _settle(batch, latents, memory, self.config.tolerance)
-        hidden, offsets = self._finish_settled(batch, stream, latents, results)
-        _check_finite(batch.offsets, results, latents)
-        if hidden is not latents:
-            _check_finite(offsets, results, hidden)
-        self._sample(offsets, results, hidden)
+        ordered, step = build(windows, self.pool.zero_row, self.config.block_size)
+        outcome = self._run_step(step)
+        told = zip(ordered, outcome.num_settled, outcome.residuals, outcome.is_finite, strict=True)
+        results = [WindowResult(window, count, residual, is_finite=finite) for window, count, residual, finite in told]
+        offsets = outcome.offsets
+        self._sample(offsets, results, outcome.hidden)
         self._read_latents(results)
-        return results, _settled_parts(offsets, results, hidden)
+        return results, _settled_parts(offsets, results, outcome.hidden)
 
-    def _finish_settled(
-        self, batch: Batch, stream: Any, latents: Tensor, results: list[WindowResult]
-    ) -> tuple[Tensor, list[int]]:
-        """Run the layers above the source on the rows that settled; returns hidden states and the windows' offsets in them.
-
-        The other rows will be computed again, and nothing depends on what these layers make of them until then.
-        """
-        num_settled = [result.num_settled for result in results]
-        if self.model.config.latents_are_hidden or sum(num_settled) == batch.offsets[-1]:
-            return self.model.run_from_source(stream, latents, batch.kv), batch.offsets
-        rows, offsets, kv = settled_part(batch, num_settled)
-        return self.model.run_from_source(stream.select(rows), latents, kv), offsets
+    def _run_step(self, step: PagedStep) -> StepResult:
+        if isinstance(self.model, NativeModel):
+            return self.model.run_step(step, self.pool, self.config.tolerance)
+        return run_step(self.model, step, self.pool, self.config.tolerance)
 
     def _sample(self, offsets: list[int], results: list[WindowResult], hidden: Tensor) -> None:
         """Draw a token for every sequence whose last position settled, unless it wants none, and for its siblings."""
         ready = [(i, drawn) for i, result in enumerate(results) if _is_ready(result) for drawn in _drawn_from(result)]
         for start, end in self._chunks(0, len(ready)):
             chunk = ready[start:end]
-            rows = torch.tensor([offsets[i] + results[i].num_settled - 1 for i, _ in chunk], device=hidden.device)
-            logits = self.model.logits(hidden.index_select(0, rows))
+            rows = [offsets[i + 1] - 1 for i, _ in chunk]
+            logits = self.model.logits(_select(hidden, rows))
             ids = sample(logits, [_sample_row(sequence) for _, sequence in chunk])
             entries = _token_logprobs(logits, ids, [sequence.request.logprobs for _, sequence in chunk])
             for (i, _), entry in zip(chunk, entries, strict=True):
@@ -196,26 +169,11 @@ class ModelRunner:
                 storage[target * size : (target + 1) * size] = storage[source * size : (source + 1) * size]
 
 
-def _settle(batch: Batch, latents: Tensor, memory: Tensor | None, tolerance: float) -> list[WindowResult]:
-    """Settled counts of every window: all rows for a plain model and for windows of one, by the changes otherwise."""
-    widths = [window.num_tokens for window in batch.windows]
-    if memory is None or max(widths) == 1:
-        return [WindowResult(window, window.num_tokens, None) for window in batch.windows]
-    changes: list[float] = relative_change(latents[:-1], memory[1:]).tolist()
-    results = []
-    for window, offset in zip(batch.windows, batch.offsets, strict=False):
-        own = changes[offset : offset + window.num_tokens - 1]
-        residual = max(own) if own else None
-        results.append(WindowResult(window, num_settled(own, tolerance), residual))
-    return results
-
-
-def _check_finite(offsets: list[int], results: list[WindowResult], states: Tensor) -> None:
-    """Note whose settled rows, which begin at `offsets` of states [T, D], hold what is no number."""
-    sums = states.float().sum(-1)
-    if not bool(sums.isfinite().all()):
-        for result, offset in zip(results, offsets, strict=False):
-            result.is_finite &= bool(sums[offset : offset + result.num_settled].isfinite().all())
+def _select(hidden: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of hidden states [R, D]."""
+    if len(rows) == hidden.shape[0] and rows[-1] == len(rows) - 1 and rows == list(range(len(rows))):
+        return hidden
+    return hidden.index_select(0, torch.tensor(rows, device=hidden.device))
 
 
 def _settled_parts(offsets: list[int], results: list[WindowResult], hidden: Tensor) -> list[Scoring]:

@@ -5,6 +5,7 @@ Neighbours: `scheduler.py` moves it between queues, `block_manager.py` fills its
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -38,7 +39,7 @@ class Sequence:
     end_ids: frozenset[int] = frozenset()
     """Ids that end it."""
     token_ids: list[int] = field(init=False)
-    block_table: list[int] = field(default_factory=list)
+    block_table: array[int] = field(default_factory=lambda: array("i"))
     block_hashes: list[bytes] = field(default_factory=list)
     """Chain hashes of the leading full blocks, as far as someone has asked for them."""
     num_registered_blocks: int = 0

@@ -14,7 +14,8 @@ from lrt_core.generate import read
 from lrt_core.kernels.plan import PackedMatrix, quantize_rows
 from lrt_core.kernels.products import apply, apply_twin
 from lrt_core.native_model import NativeModel
-from lrt_core.paged import NativeKV, PagedPool
+from lrt_core.paged import PagedPool
+from lrt_core.step import PagedStep
 from tests.helpers import VARIANTS, random_ids, tiny_config, tiny_model
 
 SETS = kernels.instruction_sets() if kernels.is_native() else ["none"]
@@ -44,14 +45,14 @@ def test_decoding_is_the_oracles(variant: str, instruction_set: str) -> None:
     native = NativeModel(model, max_len=64)
     pool = PagedPool(model.config, 80, torch.float32)  # one block more than is used: native code reads ahead
     tables = int32(3, 0, 2, 1)
-    memory, rows = model.zero_memory(1), []
+    before, rows = pool.zero_row, []
     for position, token in enumerate(ids):
-        stream = native.begin(torch.tensor([token]), torch.tensor([position]), memory)
-        slots = torch.tensor([int(tables[position // 16]) * 16 + position % 16])
-        kv = NativeKV(pool, 16, slots, int32(0, 1), int32(position + 1), int32(0), tables)
-        latents = native.run_to_source(stream, kv)
-        rows.append(native.logits(native.run_from_source(stream, latents, kv))[0])
-        memory = latents if memory is not None else None
+        slot = int(tables[position // 16]) * 16 + position % 16
+        step = PagedStep(np.array([[token], [position], [slot], [before]]), int32(0, 1), int32(0), tables, 16)
+        result = native.run_step(step, pool, tolerance=0.0)
+        assert (result.num_settled, result.residuals, result.is_finite) == ([1], [None], [True])
+        rows.append(native.logits(result.hidden)[0])
+        before = slot
     assert (torch.stack(rows) - read(model, ids).logits).abs().max() < 1e-4
 
 

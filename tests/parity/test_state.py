@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,14 +12,12 @@ from torch import Tensor
 
 from lrt_core import kernels
 from lrt_core.generate import read
-from lrt_core.model import LatentRecurrentTransformer
-from lrt_core.native_model import NativeModel, NativeStream
-from lrt_core.paged import NativeKV
+from lrt_core.kv import KV
+from lrt_core.model import LatentRecurrentTransformer, Stream
 from lrt_core.refine import relative_change
 from lrt_core.window import PERIOD
-from server.engine.batch import Batch, slots_of
+from server.engine.batch import slots_of
 from server.engine.engine import Engine
-from server.engine.model_runner import ModelRunner, WindowResult
 from server.engine.request import GenerationRequest
 from tests.engines import Run, make_engine, oracle, request, run
 from tests.helpers import VARIANTS, contracting_model, random_ids, tiny_config, tiny_model
@@ -127,61 +125,34 @@ def test_a_recurrence_that_contracts_keeps_its_window() -> None:
     assert set(widths) == {64}
 
 
-def layer_rows(model: LatentRecurrentTransformer, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
-    """Counts, from now on, the rows that go through every layer, torch's or native."""
+@pytest.fixture
+def layer_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[int]]:
+    """Counts the rows that go through every layer of models that torch runs."""
     rows: Counter[int] = Counter()
-    for index, layer in enumerate(model.layers):
+    plain = LatentRecurrentTransformer._run
 
-        def count(module: object, inputs: tuple[Any, ...], output: Tensor, index: int = index) -> None:
-            rows[index] += output.shape[0]
+    def counted(self: LatentRecurrentTransformer, stream: Stream, layers: range, kv: KV) -> None:
+        for index in layers:
+            rows[index] += stream.x.shape[0]
+        plain(self, stream, layers, kv)
 
-        layer.register_forward_hook(count)
-    run_native = NativeModel._run
-
-    def counted(self: NativeModel, stream: NativeStream, kv: NativeKV, first: int, end: int) -> Tensor:
-        for index in range(first, end):
-            rows[index] += len(stream.tokens)
-        return run_native(self, stream, kv, first, end)
-
-    monkeypatch.setattr(NativeModel, "_run", counted)
-    return rows
+    monkeypatch.setattr(LatentRecurrentTransformer, "_run", counted)
+    with kernels.native(False):
+        yield rows
 
 
-def run_all_rows(
-    self: ModelRunner, batch: Batch, stream: Any, latents: Tensor, results: list[WindowResult]
-) -> tuple[Tensor, list[int]]:
-    return self.model.run_from_source(stream, latents, batch.kv), batch.offsets
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_layers_above_the_source_run_on_settled_rows_alone(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three layers with the source in the second; in all a position goes through the third once."""
-    with kernels.native(native):
-        check_layers_above_the_source(monkeypatch)
-
-
-def check_layers_above_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_above_the_source_run_on_settled_rows_alone(layer_rows: Counter[int]) -> None:
+    """Three layers with the source in the second; in all a position goes through the third once. Of the native step
+    `test_step.py` shows the same."""
     model = tiny_model(tiny_config(**VARIANTS["upper-middle-source"]))
     requests = [request(random_ids(length, length), 6, logprobs=2, prompt_logprobs=1) for length in (1, 18, 45)]
-    rows = layer_rows(model, monkeypatch)
     done = run(make_engine(model), requests)
     num_positions = sum(len(item.prompt_ids) + 5 for item in requests)
-    assert rows[0] == rows[1] == done.total("num_scheduled_tokens") > 2 * num_positions
-    assert rows[2] == num_positions
-
-    monkeypatch.setattr(ModelRunner, "_finish_settled", run_all_rows)
-    rows.clear()
-    full = run(make_engine(model), requests)
-    assert rows[2] == rows[0] == full.total("num_scheduled_tokens") == done.total("num_scheduled_tokens")
-    for [economical], [complete] in zip(done.outcomes, full.outcomes, strict=True):
-        assert economical.token_ids == complete.token_ids
-        for name in ("tokens", "prompt_logprobs"):
-            ours, theirs = getattr(economical, name), getattr(complete, name)
-            assert [entry.logprob for entry in ours] == pytest.approx([entry.logprob for entry in theirs], abs=1e-5)
+    assert layer_rows[0] == layer_rows[1] == done.total("num_scheduled_tokens") > 2 * num_positions
+    assert layer_rows[2] == num_positions
+    check(model, requests, done)
 
 
-def test_without_a_last_layer_above_it_there_is_nothing_to_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model()
-    rows = layer_rows(model, monkeypatch)
-    done = run(make_engine(model), [request(random_ids(30), 4)])
-    assert rows[0] == rows[2] == done.total("num_scheduled_tokens")
+def test_without_a_last_layer_above_it_there_is_nothing_to_run_again(layer_rows: Counter[int]) -> None:
+    done = run(make_engine(tiny_model()), [request(random_ids(30), 4)])
+    assert layer_rows[0] == layer_rows[2] == done.total("num_scheduled_tokens")

@@ -80,7 +80,7 @@ class BlockMachine(RuleBasedStateMachine):
         num_cached = self.blocks.place(sequence, matched)
         assert num_cached == len(matched) * self.size
         sequence.place(num_cached, window=8)
-        assert sequence.block_table[: len(matched)] == matched
+        assert list(sequence.block_table[: len(matched)]) == matched
         self.take(set(sequence.block_table[len(matched) :]), free - set(matched))
         self.placed.append(sequence)
         return True
@@ -129,7 +129,7 @@ class BlockMachine(RuleBasedStateMachine):
         assert grown == (num_needed <= len(free))
         copies, self.blocks.copies = self.blocks.copies, []
         if not grown:
-            assert (sequence.block_table, copies) == (before, [])
+            assert (list(sequence.block_table), copies) == (before, [])
             return False
         taken = set(sequence.block_table) - set(before)
         assert len(taken) == num_needed
@@ -168,7 +168,7 @@ class BlockMachine(RuleBasedStateMachine):
         sequence = self.placed[choice % len(self.placed)]
         self.release(sequence)
         self.blocks.free(sequence)
-        assert sequence.block_table == []
+        assert not sequence.block_table
         if comes_back:
             sequence.forget()
             self.displaced.append(sequence)

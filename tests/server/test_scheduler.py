@@ -137,7 +137,7 @@ def test_the_newest_gives_way_and_comes_back() -> None:
         step(scheduler)
     assert scheduler.running == [first]
     assert scheduler.waiting == [second]
-    assert second.block_table == []
+    assert not second.block_table
     assert (second.num_computed_tokens, second.num_touched_tokens, second.num_computed_rows) == (0, 0, 0)
     assert second.num_output_tokens > 0, "what was generated is kept"
     assert second.num_lost_tokens > 3

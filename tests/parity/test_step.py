@@ -1,0 +1,119 @@
+"""One step, native and by torch: decoding sequences and windows side by side over pools that hold the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lrt_core import kernels
+from lrt_core.model import LatentRecurrentTransformer
+from lrt_core.native_model import NativeModel
+from lrt_core.paged import PagedPool
+from lrt_core.step import PagedStep, StepResult, run_step
+from tests.helpers import VARIANTS, tiny_config, tiny_model
+
+needs_native = pytest.mark.skipif(not kernels.is_native(), reason="the package's build found no C++ compiler")
+BLOCK_SIZE, NUM_BLOCKS = 4, 40
+STARTS, WIDTHS = (45, 0, 7, 3, 0), (1, 1, 9, 16, 2)
+"""First position and rows of every sequence; the first outgrows the short attention window."""
+
+
+def filled_pool(model: LatentRecurrentTransformer) -> PagedPool:
+    """Random keys, values and latents, the same ones each time."""
+    generator = torch.Generator().manual_seed(1)
+    pool = PagedPool(model.config, NUM_BLOCKS * BLOCK_SIZE, torch.float32)
+    for part in (pool.keys, pool.values, pool.latents[:-1]):
+        part.normal_(generator=generator)
+    return pool
+
+
+def make_step(pool: PagedPool, vocab_size: int) -> PagedStep:
+    """Blocks in no order; half of each window has been computed before."""
+    rng = np.random.default_rng(0)
+    order = list(rng.permutation(NUM_BLOCKS))
+    rows: list[tuple[int, int, int, int]] = []
+    tables: list[int] = []
+    table_starts, row_starts = [], [0]
+    for start, width in zip(STARTS, WIDTHS, strict=True):
+        table = [order.pop() for _ in range(-(-(start + width) // BLOCK_SIZE))]
+        table_starts.append(len(tables))
+        tables += table
+        slots = [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(start + width)]
+        for position in range(start, start + width):
+            is_known = 0 < position <= start + width // 2
+            memory = slots[position - 1] if is_known else pool.zero_row
+            rows.append((int(rng.integers(vocab_size)), position, slots[position], memory))
+        row_starts.append(len(rows))
+    parts = (np.array(part, dtype=np.int32) for part in (row_starts, table_starts, tables))
+    return PagedStep(np.array(rows).T.copy(), *parts, BLOCK_SIZE)
+
+
+def settled_rows(step: PagedStep, result: StepResult) -> list[int]:
+    starts = step.row_starts.tolist()
+    return [row for start, count in zip(starts, result.num_settled, strict=False) for row in range(start, start + count)]
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_native
+@pytest.mark.parametrize("tolerance", [0.0, 1.2, 9.0])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_native_and_torch_take_the_same_step(variant: str, tolerance: float) -> None:
+    """Tolerances at which one row of a window settles, some do and all do."""
+    model = tiny_model(tiny_config(**VARIANTS[variant]))
+    ours, theirs = filled_pool(model), filled_pool(model)
+    step = make_step(ours, model.config.vocab_size)
+    expected = run_step(model, step, theirs, tolerance)
+    native = NativeModel(model, max_len=64)
+    for repetition in range(2):  # the second over a workspace that is no longer zeros
+        ours = filled_pool(model)
+        actual = native.run_step(step, ours, tolerance)
+        assert (actual.num_settled, actual.is_finite) == (expected.num_settled, expected.is_finite), repetition
+        assert actual.residuals == [value if value is None else pytest.approx(value, rel=1e-3) for value in expected.residuals]
+        close(actual.hidden, expected.hidden)
+        for own, other in ((ours.keys, theirs.keys), (ours.values, theirs.values), (ours.latents, theirs.latents)):
+            close(own, other)
+    if model.config.recurrence is not None:
+        if tolerance == 0.0:
+            assert expected.num_settled == [1] * len(WIDTHS)
+        elif tolerance == 9.0:
+            assert expected.num_settled == list(WIDTHS)
+    else:
+        assert (expected.num_settled, expected.residuals) == (list(WIDTHS), [None] * len(WIDTHS))
+
+
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_native), False])
+@torch.no_grad()
+def test_above_the_source_nothing_is_computed_for_rows_that_have_not_settled(native: bool) -> None:
+    model = tiny_model(tiny_config(**VARIANTS["upper-middle-source"]))
+    pool, before = filled_pool(model), filled_pool(model)
+    step = make_step(pool, model.config.vocab_size)
+    result = NativeModel(model, max_len=64).run_step(step, pool, 0.0) if native else run_step(model, step, pool, 0.0)
+    settled = settled_rows(step, result)
+    others = sorted(set(range(step.num_rows)) - set(settled))
+    slots = torch.from_numpy(step.rows[2])
+    assert others and len(result.hidden) == len(settled)
+    for layer in range(model.config.num_layers):
+        is_same = (pool.keys[layer][slots] == before.keys[layer][slots]).flatten(1).all(1)
+        is_above = layer > model.config.source_layer
+        assert not is_same[settled].any()
+        assert bool(is_same[others].all()) == is_above, layer
+
+
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_native), False])
+@torch.no_grad()
+def test_whose_states_are_no_numbers_is_told_alone(native: bool) -> None:
+    """A value that is none is seen by one sequence, which decodes beside another, and by the settled row of a third."""
+    model = tiny_model()
+    pool = filled_pool(model)
+    step = make_step(pool, model.config.vocab_size)
+    for sequence in (0, 2):
+        block = int(step.tables[step.table_starts[sequence] + STARTS[sequence] // BLOCK_SIZE - 1])
+        pool.values[0, block * BLOCK_SIZE] = torch.nan
+    result = NativeModel(model, max_len=64).run_step(step, pool, 0.0) if native else run_step(model, step, pool, 0.0)
+    assert result.is_finite == [False, True, False, True, True]
+    assert result.num_settled == [1] * len(WIDTHS)
