@@ -9,9 +9,9 @@ Shapes: T rows, R settled rows, S sequences, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Literal
+from array import array
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -97,6 +97,8 @@ class NativeModel:
         self._capacity = self._num_threads = 0
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._partial = torch.empty(PARTIAL_SIZE)
+        self._logits = torch.empty(0, self.config.vocab_size)
+        self._numbers, self._ids = array("i"), array("q")
 
     @property
     def step_bytes(self) -> int:
@@ -104,44 +106,54 @@ class NativeModel:
         return sum(matrix.nbytes for matrix in self._matrices)
 
     def run_step(self, step: PagedStep, pool: PagedPool, tolerance: float) -> StepResult:
-        """Compute the step; as `lrt_core.step.run_step`."""
+        """Compute the step; as `lrt_core.step.run_step`, with its draws."""
         num_rows, num_sequences, num_threads = step.num_rows, step.num_sequences, torch.get_num_threads()
-        self._make_room(num_rows, num_threads)
-        rows, row_bytes = _address(step.rows), 8 * num_rows
-        given = StepStruct(
-            *(num_rows, num_sequences, self._capacity),
-            *(rows, rows + row_bytes, rows + 2 * row_bytes),
-            None if self.config.recurrence is None else rows + 3 * row_bytes,
-            *(_address(part) for part in (step.row_starts, step.table_starts, step.tables)),
-            *(tolerance, self._partial.data_ptr(), PARTIAL_SIZE),
-        )
-        pool_struct = PoolStruct(
-            *(pool.keys.data_ptr(), pool.values.data_ptr(), KINDS[pool.keys.dtype], step.block_size, pool.keys.stride(0)),
-            pool.latents.data_ptr(),
-        )
-        hidden, told = torch.empty(num_rows, self.config.hidden_size), np.empty((3, num_sequences), dtype=np.int32)
-        start, part_bytes = _address(told), 4 * num_sequences
-        outcome = OutcomeStruct(start, start + part_bytes, start + 2 * part_bytes, hidden.data_ptr())
+        self._make_room(num_rows, num_sequences, num_threads, step.draws is not None)
+        hidden, numbers = torch.empty(num_rows, self.config.hidden_size), self._numbers
+        start = numbers.buffer_info()[0]
+        parts = (start + 4 * num_sequences * part for part in range(3))
+        outcome = OutcomeStruct(*parts, hidden.data_ptr(), self._ids.buffer_info()[0], self._logits.data_ptr())
+        structs = self._struct, self._pool_struct(pool, step.block_size), self._step_struct(step, pool, tolerance)
         end_of_source, workspace = self.config.source_layer + 1, self._workspace.data_ptr()
-        self._library.lrt_forward(self._struct, pool_struct, given, end_of_source, workspace, outcome, num_threads)
-        num_settled: list[int] = told[0].tolist()
-        if num_sequences == num_rows:
-            residuals: list[float | None] = [None] * num_sequences
-        else:
-            residuals = [None if value == -1 else value for value in told[1].view(np.float32).tolist()]
+        self._library.lrt_forward(*structs, end_of_source, workspace, outcome, num_threads)
+        num_settled = numbers[:num_sequences].tolist()
+        residuals: list[float | None] = [None] * num_sequences
+        if num_sequences < num_rows:
             hidden = hidden[: sum(num_settled)]
-        return StepResult(num_settled, residuals, [value == 1 for value in told[2].tolist()], hidden)
+            changes = array("f", numbers[num_sequences : 2 * num_sequences].tobytes())
+            residuals = [None if value == -1 else value for value in changes]
+        is_finite = [value == 1 for value in numbers[2 * num_sequences : 3 * num_sequences]]
+        ids = None if step.draws is None else self._ids[:num_sequences].tolist()
+        return StepResult(num_settled, residuals, is_finite, hidden, ids)
+
+    def _step_struct(self, step: PagedStep, pool: PagedPool, tolerance: float) -> StepStruct:
+        return StepStruct(
+            *(step.num_rows, step.num_sequences, self._capacity),
+            *(part.buffer_info()[0] for part in (step.tokens, step.sequences, step.tables)),
+            None if step.draws is None else ctypes.addressof(ctypes.c_char.from_buffer(step.draws)),
+            -1 if self.config.recurrence is None else pool.zero_row,
+            *(self._partial.data_ptr(), PARTIAL_SIZE, tolerance),
+        )
+
+    def _pool_struct(self, pool: PagedPool, block_size: int) -> PoolStruct:
+        keys, values = pool.keys, pool.values
+        address = pool.latents.data_ptr()
+        return PoolStruct(keys.data_ptr(), values.data_ptr(), KINDS[keys.dtype], block_size, keys.stride(0), address)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, D] -> float32 logits [R, V]."""
         return apply(self._head, hidden, self.config.logit_softcap)
 
-    def _make_room(self, num_rows: int, num_threads: int) -> None:
-        """A zeroed workspace for at least that many rows."""
+    def _make_room(self, num_rows: int, num_sequences: int, num_threads: int, draws: bool) -> None:
+        """A zeroed workspace for at least that many rows, and places for what comes of that many sequences."""
         if num_rows > self._capacity or num_threads != self._num_threads:
             self._capacity, self._num_threads = max(num_rows, self._capacity), num_threads
             size = self._library.lrt_workspace_size(self._struct, self._capacity, num_threads)
             self._workspace = torch.zeros(size, dtype=torch.uint8)
+        if num_sequences > len(self._ids):
+            self._numbers, self._ids = array("i", bytes(12 * num_sequences)), array("q", bytes(8 * num_sequences))
+        if draws and num_sequences > self._logits.shape[0]:
+            self._logits = torch.empty(num_sequences, self.config.vocab_size)
 
     # Packing.
 
@@ -188,11 +200,6 @@ class NativeModel:
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor.detach().contiguous())
         return self._kept[-1]
-
-
-def _address(array: np.ndarray[Any, Any]) -> int:
-    """Of a contiguous array's first number."""
-    return int(array.__array_interface__["data"][0])
 
 
 def _weight(linear: nn.Module) -> Tensor:

@@ -49,9 +49,7 @@ class SampleRow:
     @property
     def is_adjusted(self) -> bool:
         """Whether the token is drawn from other logits than the model's, a grammar apart."""
-        params = self.params
-        is_restricted = params.allowed_token_ids is not None or bool(params.bad_words or self.forbidden)
-        return params.needs_history or bool(params.logit_bias) or is_restricted
+        return bool(self.forbidden) or not self.params.takes_logits_as_they_are
 
 
 def _mix64(x: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from array import array
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -58,6 +59,16 @@ class SamplingParams:
     def needs_history(self) -> bool:
         """Whether tokens seen so far change the logits."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    @cached_property
+    def takes_logits_as_they_are(self) -> bool:
+        """Whether tokens are drawn from the model's own logits."""
+        is_restricted = self.allowed_token_ids is not None or bool(self.bad_words)
+        return not (self.needs_history or self.logit_bias or is_restricted)
+
+    def pack(self, seed: int) -> bytes:
+        """What a native step draws a sample's tokens by; `Draw` in `plan.h`."""
+        return struct.pack("=dddqQ", self.temperature, self.top_p, self.min_p, self.top_k, seed & (2**64 - 1))
 
     @cached_property
     def longest_bad_word(self) -> int:

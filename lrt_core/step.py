@@ -12,7 +12,9 @@ Shapes: T rows of the step (all sequences flat), R settled rows, S sequences, D 
 from __future__ import annotations
 
 import itertools
+from array import array
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,33 +26,61 @@ from lrt_core.paged import DecodeGroup, PagedKV, PagedPool, WindowGroup
 from lrt_core.refine import relative_change
 from lrt_core.window import num_settled
 
-Numbers = npt.NDArray[np.int32]
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class PagedStep:
     """What one forward computes, sequences of one row first.
 
-    rows int64 [4, T]: tokens, positions, slots that take them in, and the pool's latent rows that are their memories. Sequence
-    s owns rows row_starts[s]..row_starts[s + 1] (int32 [S + 1]), whose positions follow each other, and its blocks of
-    block_size slots are tables[table_starts[s]...] (int32).
+    tokens [T], of 64 bits. sequences: six numbers each, of 64 bits: the position of its first row; its rows; the leading
+    positions whose latents the pool holds; its blocks; the settled rows with which its next token is due, 0 where none will
+    be; and the tokens drawn before. tables: everyone's blocks, of 32 bits, one sequence's behind another's. draws: where the
+    native step is to draw the tokens that are due, every sequence's `SamplingParams.pack`.
     """
 
-    rows: npt.NDArray[np.int64]
-    row_starts: Numbers
-    table_starts: Numbers
-    tables: Numbers
+    tokens: array[int]
+    sequences: array[int]
+    tables: array[int]
     block_size: int
+    draws: bytearray | None = None
 
     @property
     def num_rows(self) -> int:
         """T."""
-        return int(self.rows.shape[1])
+        return len(self.tokens)
 
     @property
     def num_sequences(self) -> int:
         """S."""
-        return len(self.table_starts)
+        return len(self.sequences) // 6
+
+    def lay_out(self, zero_row: int) -> Layout:
+        """Every row's place. zero_row: latent row of what has no memory yet."""
+        starts, widths, touched, num_blocks = np.array(self.sequences).reshape(-1, 6).T[:4]
+        row_starts, table_starts = (np.concatenate([[0], np.cumsum(part)]) for part in (widths, num_blocks))
+        owners = np.repeat(np.arange(len(starts)), widths)
+        positions = starts[owners] + np.arange(self.num_rows) - row_starts[owners]
+        tables = np.array(self.tables, dtype=np.int64)
+        slots, memory_rows = (
+            tables[table_starts[owners] + places // self.block_size] * self.block_size + places % self.block_size
+            for places in (positions, np.maximum(positions - 1, 0))
+        )
+        # A predecessor's latent is there where it has been computed since the sequence was placed.
+        memory_rows[(positions == 0) | (positions > touched[owners])] = zero_row
+        rows = np.stack([np.array(self.tokens), positions, slots, memory_rows])
+        return Layout(rows, row_starts, table_starts[:-1], tables, self.block_size)
+
+
+class Layout(NamedTuple):
+    """rows int64 [4, T]: tokens, positions, slots that take them in, and the pool's latent rows that are their memories.
+    Sequence s owns rows row_starts[s]..row_starts[s + 1], and its blocks are tables[table_starts[s]...]."""
+
+    rows: Numbers
+    row_starts: Numbers
+    table_starts: Numbers
+    tables: Numbers
+    block_size: int
 
 
 @dataclass(frozen=True)
@@ -58,13 +88,15 @@ class StepResult:
     """What a step left, sequence by sequence. hidden float32 [R, D]: hidden states of the settled rows, in order.
 
     num_settled: leading rows that are final. residuals: the largest relative change of a memory, None for a plain model or a
-    single row. is_finite: whether the states of all settled rows are numbers; a model may overflow.
+    single row. is_finite: whether the states of all settled rows are numbers; a model may overflow. ids: tokens that the step
+    has drawn, negative where none was due; None where it draws none.
     """
 
     num_settled: list[int]
     residuals: list[float | None]
     is_finite: list[bool]
     hidden: Tensor
+    ids: list[int] | None = None
 
     @property
     def offsets(self) -> list[int]:
@@ -74,25 +106,26 @@ class StepResult:
 
 @torch.inference_mode()
 def run_step(model: LatentRecurrentTransformer, step: PagedStep, pool: PagedPool, tolerance: float) -> StepResult:
-    """Compute the step by torch. tolerance: relative change up to which a memory has settled."""
-    tokens, positions, slots, memory_rows = torch.from_numpy(step.rows).to(pool.keys.device)
-    kv = PagedKV(pool, slots, *_groups(step, pool.keys.device))
+    """Compute the step by torch, but for its draws. tolerance: relative change up to which a memory has settled."""
+    layout = step.lay_out(pool.zero_row)
+    tokens, positions, slots, memory_rows = torch.from_numpy(layout.rows).to(pool.keys.device)
+    kv = PagedKV(pool, slots, *_groups(layout, pool.keys.device))
     memory = pool.load_memory(memory_rows) if model.config.recurrence is not None else None
     stream = model.begin(tokens, positions, memory)
     latents = model.run_to_source(stream, kv)
     pool.store_latents(slots, latents)
-    counts, residuals = _settle(step, latents, memory, tolerance)
+    counts, residuals = _settle(layout, latents, memory, tolerance)
     if sum(counts) == step.num_rows:
         settled, hidden = latents, model.run_from_source(stream, latents, kv)
     else:
-        rows, kv = _settled_part(step, kv, counts)
+        rows, kv = _settled_part(layout, kv, counts)
         settled = hidden = latents.index_select(0, rows)
         if not model.config.latents_are_hidden:
             hidden = model.run_from_source(stream.select(rows), settled, kv)
     return StepResult(counts, residuals, _are_finite(counts, settled, hidden), hidden)
 
 
-def _groups(step: PagedStep, device: torch.device) -> tuple[DecodeGroup | None, list[WindowGroup]]:
+def _groups(step: Layout, device: torch.device) -> tuple[DecodeGroup | None, list[WindowGroup]]:
     """How the step's sequences attend: those of one row padded beside each other, each window by itself."""
     widths, ends = np.diff(step.row_starts), step.rows[1, step.row_starts[1:] - 1] + 1
     num_decodes, offsets = int((widths == 1).sum()), np.arange(step.block_size)
@@ -101,18 +134,18 @@ def _groups(step: PagedStep, device: torch.device) -> tuple[DecodeGroup | None, 
         # What is behind a sequence's end is its last slot again: another's may hold what is no number.
         last = ends[:num_decodes, None] - 1
         blocks, within = np.divmod(np.minimum(np.arange(int(last.max()) + 1), last), step.block_size)
-        slots = step.tables[step.table_starts[:num_decodes, None] + blocks].astype(np.int64) * step.block_size + within
+        slots = step.tables[step.table_starts[:num_decodes, None] + blocks] * step.block_size + within
         decodes = DecodeGroup(torch.from_numpy(slots).to(device), torch.from_numpy(ends[:num_decodes]).to(device))
-    for index in range(num_decodes, step.num_sequences):
+    for index in range(num_decodes, len(widths)):
         start, end = int(step.table_starts[index]), int(ends[index])
-        blocks = step.tables[start : start - (-end // step.block_size)].astype(np.int64)
+        blocks = step.tables[start : start - (-end // step.block_size)]
         context = (blocks[:, None] * step.block_size + offsets).reshape(-1)[:end]
         slots_on_device = torch.from_numpy(context).to(device)
         windows.append(WindowGroup(int(step.row_starts[index]), int(widths[index]), slots_on_device))
     return decodes, windows
 
 
-def _settle(step: PagedStep, latents: Tensor, memory: Tensor | None, tolerance: float) -> tuple[list[int], list[float | None]]:
+def _settle(step: Layout, latents: Tensor, memory: Tensor | None, tolerance: float) -> tuple[list[int], list[float | None]]:
     """Settled counts and residuals: all rows for a plain model and for windows of one, by the changes otherwise."""
     widths = np.diff(step.row_starts).tolist()
     if memory is None or max(widths) == 1:
@@ -122,11 +155,11 @@ def _settle(step: PagedStep, latents: Tensor, memory: Tensor | None, tolerance: 
     return [num_settled(part, tolerance) for part in own], [max(part) if part else None for part in own]
 
 
-def _settled_part(step: PagedStep, kv: PagedKV, counts: list[int]) -> tuple[Tensor, PagedKV]:
+def _settled_part(step: Layout, kv: PagedKV, counts: list[int]) -> tuple[Tensor, PagedKV]:
     """The leading counts[s] rows of every sequence: their rows in the step [R], and the pool as they see it."""
     rows: list[int] = []
     groups = []
-    num_decodes = step.num_sequences - len(kv.windows)
+    num_decodes = len(step.table_starts) - len(kv.windows)
     for index, (start, count) in enumerate(zip(step.row_starts.tolist(), counts, strict=False)):
         if index >= num_decodes:
             group = kv.windows[index - num_decodes]

@@ -191,7 +191,7 @@ struct Chunk {
     int64_t sequence, first_row, num_rows;
     int64_t from, to;  // keys that any of the rows sees
 
-    INLINE Chunk(const int32_t* numbers, const Step& step, int64_t window)
+    INLINE Chunk(const int32_t* numbers, const Rows& step, int64_t window)
         : sequence(numbers[0]), first_row(numbers[1]), num_rows(numbers[2]) {
         const int64_t position = step.positions[first_row];
         from = position > window ? position - window : 0;
@@ -215,7 +215,7 @@ INLINE void find_run(const Pool& pool, const int32_t* table, int64_t slot_size, 
 // One piece of the keys for the chunk's rows and key/value heads first_head..end_head - 1, head g into the Attended at
 // states + (g - first_head) * state_stride. Heads take turns within a run, so that memory is read nearly as it lies.
 template <typename T>
-INLINE void attend_piece(const Model& m, const Pool& pool, const Step& step, int64_t layer, const Chunk& chunk, int64_t first_head,
+INLINE void attend_piece(const Model& m, const Pool& pool, const Rows& step, int64_t layer, const Chunk& chunk, int64_t first_head,
                          int64_t end_head, int64_t piece, const float* queries, int64_t padded, const AttentionScratch& s,
                          float* states, int64_t state_stride) {
     const int64_t group = m.num_heads / m.num_kv_heads, num_queries = chunk.num_rows * group;

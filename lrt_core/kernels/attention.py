@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lrt_core import kernels
 from lrt_core.attention import attention
-from lrt_core.kernels.plan import KINDS, PARTIAL_SIZE, LayerStruct, ModelStruct, PoolStruct, StepStruct
+from lrt_core.kernels.plan import KINDS, PARTIAL_SIZE, LayerStruct, ModelStruct, PoolStruct, RowsStruct
 
 Numbers = npt.NDArray[np.int32]
 
@@ -49,14 +49,14 @@ def paged_attention(
     }
     pointers = {name: array.ctypes.data for name, array in arrays.items()}
     sizes = {"num_rows": num_rows, "num_sequences": len(tables), "capacity": num_rows}
-    step = StepStruct(positions=positions.data_ptr(), **sizes, **pointers)
+    rows = RowsStruct(positions=positions.data_ptr(), **sizes, **pointers)
     partial = torch.empty(PARTIAL_SIZE if is_split else 0)
-    step.partial, step.partial_size = partial.data_ptr(), len(partial)
+    rows.partial, rows.partial_size = partial.data_ptr(), len(partial)
     library, num_threads = kernels.library(), torch.get_num_threads()
     workspace = torch.zeros(library.lrt_workspace_size(ctypes.byref(model), num_rows, num_threads), dtype=torch.uint8)
     out = torch.empty(num_rows, num_heads, head_dim)
     addresses = query.contiguous().data_ptr(), workspace.data_ptr(), out.data_ptr()
-    library.lrt_attend(ctypes.byref(model), ctypes.byref(pool), ctypes.byref(step), *addresses, num_threads)
+    library.lrt_attend(ctypes.byref(model), ctypes.byref(pool), ctypes.byref(rows), *addresses, num_threads)
     return out
 
 

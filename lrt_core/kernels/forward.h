@@ -14,27 +14,50 @@ INLINE void set_memory(const Matrix& projection, const Workspace& w, int64_t row
     if (projection.kind == kInt8) w.memory.quantize(row);
 }
 
+// Where every row's keys, values and latent go, and where its memory comes from: its predecessor's latent, if that has been
+// computed since the sequence was placed.
+INLINE void lay_out(const Pool& pool, const Step& step, const Workspace& w) {
+    const int64_t block_size = pool.block_size;
+    int64_t row = 0, table = 0;
+    for (int64_t s = 0; s < step.num_sequences; ++s) {
+        const Sequence& sequence = step.sequences[s];
+        const int32_t* const blocks = step.tables + table;
+        w.row_starts[s] = static_cast<int32_t>(row);
+        w.table_starts[s] = static_cast<int32_t>(table);
+        for (int64_t i = 0; i < sequence.num_rows; ++i, ++row) {
+            const int64_t position = sequence.start + i, before = position - 1;
+            w.rows[row] = static_cast<int32_t>(row);
+            w.is_finite[row] = 1;
+            w.tokens[row] = step.tokens[row];
+            w.positions[row] = position;
+            w.slots[row] = blocks[position / block_size] * block_size + position % block_size;
+            const bool is_known = position > 0 && position <= sequence.num_touched;
+            w.memory_rows[row] = is_known ? blocks[before / block_size] * block_size + before % block_size : step.zero_row;
+        }
+        table += sequence.num_blocks;
+    }
+    w.row_starts[step.num_sequences] = static_cast<int32_t>(row);
+}
+
 // The stream before layer 0, and the memories of its rows.
-INLINE void begin(const Model& m, const Pool& pool, const Step& step, const Stream& stream, const Workspace& w, Team& team) {
+INLINE void begin(const Model& m, const Pool& pool, const Stream& stream, const Workspace& w, Team& team) {
     const int64_t size = m.hidden_size, stride = padded_size(size);
     const Matrix& projection = m.shares_memory ? m.memory : m.layers[0].memory;
-    each_row(step.num_rows, team, [&](int64_t row) __attribute__((always_inline)) {
+    each_row(stream.num_rows, team, [&](int64_t row) __attribute__((always_inline)) {
         float *x = stream.x + row * stride, *x0 = stream.x0 + row * stride;
         if (m.embedding_kind == kBfloat16) {
-            embed_token(m, static_cast<const uint16_t*>(m.embedding), step.tokens[row], x, x0);
+            embed_token(m, static_cast<const uint16_t*>(m.embedding), stream.tokens[row], x, x0);
         } else {
-            embed_token(m, static_cast<const float*>(m.embedding), step.tokens[row], x, x0);
+            embed_token(m, static_cast<const float*>(m.embedding), stream.tokens[row], x, x0);
         }
-        w.rows[row] = static_cast<int32_t>(row);
-        w.is_finite[row] = 1;
-        if (step.memory_rows == nullptr) return;
-        const float* const latent = pool.latents + step.memory_rows[row] * size;
+        if (stream.memory == nullptr) return;
+        const float* const latent = pool.latents + w.memory_rows[row] * size;
         for (int64_t i = 0; i < size; ++i) w.recalled[row * size + i] = latent[i];
         set_memory(projection, w, row, latent, size);
     });
     team.barrier();
-    if (step.memory_rows == nullptr || !m.shares_memory) return;
-    product(m.memory, w.memory, step.num_rows, team, [&](int64_t row, int64_t column, VF sum) __attribute__((always_inline)) {
+    if (stream.memory == nullptr || !m.shares_memory) return;
+    product(m.memory, w.memory, stream.num_rows, team, [&](int64_t row, int64_t column, VF sum) __attribute__((always_inline)) {
         store(w.projected + row * w.projected_stride + column, sum);
     });
 }
@@ -72,39 +95,41 @@ INLINE float relative_change(const float* now, const float* before, int64_t size
 }
 
 // Latents to the pool; by how much each row's memory has changed, which is the latent before it.
-INLINE void keep_latents(const Model& m, const Pool& pool, const Step& step, const Workspace& w, Team& team) {
+INLINE void keep_latents(const Model& m, const Pool& pool, const Stream& stream, const Workspace& w, Team& team) {
     const int64_t size = m.hidden_size;
-    each_row(step.num_rows, team, [&](int64_t row) __attribute__((always_inline)) {
+    each_row(stream.num_rows, team, [&](int64_t row) __attribute__((always_inline)) {
         const float* const latent = w.latents + row * size;
-        float* const kept = pool.latents + step.slots[row] * size;
+        float* const kept = pool.latents + stream.slots[row] * size;
         for (int64_t i = 0; i < size; ++i) kept[i] = latent[i];
-        const bool has_memory = row > 0 && step.memory_rows != nullptr;
+        const bool has_memory = row > 0 && stream.memory != nullptr;
         w.changes[row] = has_memory ? relative_change(latent - size, w.recalled + row * size, size) : 0.0f;
     });
     team.barrier();
 }
 
 // What settled: a sequence's first row, whose memory was final, and each next one while what entered it was within tolerance.
-// Writes down the settled rows as a stream of their own.
+// The settled rows take the place of all.
 INLINE void settle(const Step& step, const Workspace& w, const Outcome& outcome) {
-    int32_t count = 0;
+    const bool has_memory = step.zero_row >= 0;
+    int32_t count = 0, start = 0;
     for (int64_t s = 0; s < step.num_sequences; ++s) {
-        const int32_t start = step.row_starts[s], end = step.row_starts[s + 1];
+        const int32_t end = w.row_starts[s + 1];
         float residual = -1.0f;
-        for (int32_t row = start + 1; row < end && step.memory_rows != nullptr; ++row) {
+        for (int32_t row = start + 1; row < end && has_memory; ++row) {
             if (!(w.changes[row] <= residual)) residual = w.changes[row];
         }
         int32_t last = start + 1;
-        while (last < end && (step.memory_rows == nullptr || w.changes[last] <= step.tolerance)) ++last;
+        while (last < end && (!has_memory || w.changes[last] <= step.tolerance)) ++last;
         outcome.residuals[s] = residual;
         outcome.num_settled[s] = last - start;
         w.row_starts[s] = count;
         for (int32_t row = start; row < last; ++row, ++count) {
             w.rows[count] = row;
-            w.tokens[count] = step.tokens[row];
-            w.positions[count] = step.positions[row];
-            w.slots[count] = step.slots[row];
+            w.tokens[count] = w.tokens[row];
+            w.positions[count] = w.positions[row];
+            w.slots[count] = w.slots[row];
         }
+        start = end;
     }
     w.row_starts[step.num_sequences] = count;
 }
@@ -124,17 +149,20 @@ INLINE void run_step(const Model& m, const Pool& pool, const Step& step, int64_t
     w.cut(m, step.capacity, team.num_threads, memory);
     float* const scratch = w.scratch + team.thread * ((w.scratch_size + 15) / 16 * 16);
     const int64_t size = m.hidden_size;
-    Stream stream{step, w.rows, w.x, w.x0, step.memory_rows == nullptr ? nullptr : w.recalled};
-    begin(m, pool, step, stream, w, team);
+    if (team.thread == 0) lay_out(pool, step, w);
+    team.barrier();
+    const Rows all{step.num_rows, step.num_sequences, step.capacity, w.tokens, w.positions, w.slots, w.row_starts,
+                   w.table_starts, step.tables, step.partial, step.partial_size};
+    Stream stream{all, w.rows, w.x, w.x0, step.zero_row < 0 ? nullptr : w.recalled};
+    begin(m, pool, stream, w, team);
     if (team.thread == 0) cut_chunks(m, stream, w.chunks);
     const int64_t all_chunks = count_chunks(m, stream);
     for (int64_t index = 0; index < end_of_source; ++index) run_layer<T>(m, pool, stream, index, all_chunks, w, scratch, team);
     read_stream(m, stream, w, w.latents, team);
-    keep_latents(m, pool, step, w, team);
+    keep_latents(m, pool, stream, w, team);
     if (team.thread == 0) settle(step, w, outcome);
     team.barrier();
     stream.num_rows = w.row_starts[step.num_sequences];
-    stream.row_starts = w.row_starts, stream.tokens = w.tokens, stream.positions = w.positions, stream.slots = w.slots;
     if (end_of_source == m.num_layers) {
         each_row(stream.num_rows, team, [&](int64_t row) __attribute__((always_inline)) {
             const float* const latent = w.latents + w.rows[row] * size;

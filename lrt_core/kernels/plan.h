@@ -58,21 +58,49 @@ struct Pool {
     float* latents;        // [slots + 1, D]
 };
 
-// Sequence s owns rows row_starts[s]..row_starts[s+1], at positions that follow each other, and its blocks are
-// tables[table_starts[s]...].
-struct Step {
+// Rows of sequences: sequence s owns rows row_starts[s]..row_starts[s+1], at positions that follow each other, and its blocks
+// are tables[table_starts[s]...].
+struct Rows {
     int64_t num_rows, num_sequences;
-    int64_t capacity;            // rows that the workspace is cut for
-    const int64_t* tokens;       // [T]
-    const int64_t* positions;    // [T]
-    const int64_t* slots;        // [T] where keys, values and latents go
-    const int64_t* memory_rows;  // [T] row of the pool's latents that is the row's memory; null for a plain model
+    int64_t capacity;          // rows that the workspace is cut for
+    const int64_t* tokens;     // [T]
+    const int64_t* positions;  // [T]
+    const int64_t* slots;      // [T] where keys, values and latents go
     const int32_t* row_starts;
     const int32_t* table_starts;
     const int32_t* tables;
-    float tolerance;  // relative change up to which a memory has settled
-    float* partial;   // where pieces of attention wait for each other, `partial_size` numbers
+    float* partial;  // where pieces of attention wait for each other, `partial_size` numbers
     int64_t partial_size;
+};
+
+// One sequence's part of a step. Its rows follow the previous sequence's, and so do its blocks.
+struct Sequence {
+    int64_t start;  // position of its first row
+    int64_t num_rows;
+    int64_t num_touched;  // leading positions whose latents the pool holds
+    int64_t num_blocks;
+    int64_t num_wanted;  // settled rows with which its next token is due; 0 where none will be
+    int64_t num_drawn;   // tokens drawn before
+};
+
+// How a sequence's tokens are drawn; `sampling.cpp` says what the parameters mean.
+struct Draw {
+    double temperature, top_p, min_p;
+    int64_t top_k;
+    uint64_t seed;
+};
+
+struct Step {
+    int64_t num_rows, num_sequences;
+    int64_t capacity;           // rows that the workspace is cut for
+    const int64_t* tokens;      // [T]
+    const Sequence* sequences;  // [S]
+    const int32_t* tables;
+    const Draw* draws;  // [S], or null where no tokens are to be drawn
+    int64_t zero_row;   // of the pool's latents: what has no memory yet; negative for a plain model
+    float* partial;     // as in `Rows`
+    int64_t partial_size;
+    float tolerance;  // relative change up to which a memory has settled
 };
 
 // What comes of a step, sequence by sequence.
@@ -81,6 +109,12 @@ struct Outcome {
     float* residuals;      // [S] largest relative change of a memory; negative where the sequence has but one row
     int32_t* is_finite;    // [S] whether the states of its settled rows are numbers
     float* hidden;         // [T, D] the settled rows' hidden states, one sequence's behind another's
+    int64_t* ids;          // [S] the token drawn, negative where none was due
+    float* logits;         // [S, V] room for those it was drawn from
 };
 
 }  // namespace lrt
+
+extern "C" void lrt_sample(const float* logits, int64_t row_stride, int64_t rows, int64_t size, const double* temperature,
+                           const int64_t* top_k, const double* top_p, const double* min_p, const double* uniform, int64_t* ids,
+                           int num_threads);

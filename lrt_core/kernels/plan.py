@@ -85,24 +85,33 @@ class PoolStruct(Structure):
     )
 
 
+class RowsStruct(Structure):
+    """Rows of sequences that attend."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("num_rows", "num_sequences", "capacity")),
+        *((name, c_void_p) for name in ("tokens", "positions", "slots", "row_starts", "table_starts", "tables", "partial")),
+        ("partial_size", c_int64),
+    )
+
+
 class StepStruct(Structure):
     """One step's rows and sequences."""
 
     _fields_ = (
-        ("num_rows", c_int64),
-        ("num_sequences", c_int64),
-        ("capacity", c_int64),
-        *((name, c_void_p) for name in ("tokens", "positions", "slots", "memory_rows", "row_starts", "table_starts", "tables")),
-        ("tolerance", c_float),
+        *((name, c_int64) for name in ("num_rows", "num_sequences", "capacity")),
+        *((name, c_void_p) for name in ("tokens", "sequences", "tables", "draws")),
+        ("zero_row", c_int64),
         ("partial", c_void_p),
         ("partial_size", c_int64),
+        ("tolerance", c_float),
     )
 
 
 class OutcomeStruct(Structure):
     """What comes of a step."""
 
-    _fields_ = tuple((name, c_void_p) for name in ("num_settled", "residuals", "is_finite", "hidden"))
+    _fields_ = tuple((name, c_void_p) for name in ("num_settled", "residuals", "is_finite", "hidden", "ids", "logits"))
 
 
 def padded(size: int) -> int:
@@ -165,7 +174,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.lrt_apply.argtypes = (POINTER(MatrixStruct), c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int64)
     library.lrt_apply.restype = None
     library.lrt_attend.argtypes = (
-        *(POINTER(ModelStruct), POINTER(PoolStruct), POINTER(StepStruct)),
+        *(POINTER(ModelStruct), POINTER(PoolStruct), POINTER(RowsStruct)),
         *(c_void_p, c_void_p, c_void_p, c_int64),
     )
     library.lrt_attend.restype = None

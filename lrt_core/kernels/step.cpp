@@ -167,7 +167,7 @@ struct Set {
     const char* name;
     void (*forward)(const Model&, const Pool&, const Step&, int64_t, char*, const Outcome&, Team&);
     void (*apply)(const Matrix&, const float*, int64_t, float, char*, float*, Team&);
-    void (*attend)(const Model&, const Pool&, const Step&, const float*, char*, float*, Team&);
+    void (*attend)(const Model&, const Pool&, const Rows&, const float*, char*, float*, Team&);
     int64_t (*workspace_size)(const Model&, int64_t, int64_t);
 };
 
@@ -216,6 +216,48 @@ void run_team(int64_t num_threads, int64_t num_counters, Work work) {
     delete[] counters;
 }
 
+// One round of the splitmix64 finaliser (Steele et al., 2014).
+uint64_t mix64(uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+
+// As `uniform` in lrt_core/sampling.py.
+double uniform(uint64_t seed, int64_t step) {
+    constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
+    const uint64_t state = mix64(seed + kGolden);
+    return static_cast<double>(mix64(state + static_cast<uint64_t>(step + 1) * kGolden) >> 32) / 4294967296.0;
+}
+
+// The head on the last row of every sequence whose next token is due, and that token.
+void draw(const Model& model, const Step& step, const Outcome& outcome, int64_t num_threads) {
+    const int64_t size = model.hidden_size, stride = (size + kTile - 1) / kTile * kTile;
+    std::vector<int64_t> due, top_ks, ids;
+    std::vector<double> temperatures, top_ps, min_ps, uniforms;
+    std::vector<float> hidden;
+    for (int64_t s = 0, row = 0; s < step.num_sequences; ++s) {
+        row += outcome.num_settled[s];
+        outcome.ids[s] = -1;
+        if (outcome.num_settled[s] != step.sequences[s].num_wanted) continue;
+        const Draw& own = step.draws[s];
+        due.push_back(s), top_ks.push_back(own.top_k), temperatures.push_back(own.temperature);
+        top_ps.push_back(own.top_p), min_ps.push_back(own.min_p);
+        uniforms.push_back(own.temperature == 0.0 ? 0.0 : uniform(own.seed, step.sequences[s].num_drawn));
+        hidden.insert(hidden.end(), outcome.hidden + (row - 1) * size, outcome.hidden + row * size);
+    }
+    const int64_t rows = static_cast<int64_t>(due.size());
+    if (rows == 0) return;
+    std::vector<char> workspace(rows * (8 * stride + 4));
+    run_team(num_threads, kOtherCounters, [&](Team& team) {
+        set.apply(model.head, hidden.data(), rows, model.softcap, workspace.data(), outcome.logits, team);
+    });
+    ids.resize(rows);
+    lrt_sample(outcome.logits, model.vocab_size, rows, model.vocab_size, temperatures.data(), top_ks.data(), top_ps.data(),
+               min_ps.data(), uniforms.data(), ids.data(), num_threads);
+    for (int64_t i = 0; i < rows; ++i) outcome.ids[due[i]] = ids[i];
+}
+
 }  // namespace
 }  // namespace lrt
 
@@ -243,6 +285,7 @@ void lrt_forward(const lrt::Model* model, const lrt::Pool* pool, const lrt::Step
     lrt::run_team(num_threads, lrt::kOtherCounters + lrt::kCountersPerLayer * model->num_layers, [&](lrt::Team& team) {
         lrt::set.forward(*model, *pool, *step, end_of_source, workspace, *outcome, team);
     });
+    if (step->draws != nullptr) lrt::draw(*model, *step, *outcome, num_threads);
 }
 
 // out [rows, n] = input [rows, k] times the matrix, capped where softcap > 0. workspace: rows * (8 * (k padded to 16) + 4) bytes, zeroed.
@@ -253,9 +296,9 @@ void lrt_apply(const lrt::Matrix* matrix, const float* input, int64_t rows, floa
 }
 
 // Attention alone over the first layer's part of the pool: queries [T, N, H] -> out [T, N * H]. workspace as for `lrt_forward`.
-void lrt_attend(const lrt::Model* model, const lrt::Pool* pool, const lrt::Step* step, const float* queries, char* workspace,
+void lrt_attend(const lrt::Model* model, const lrt::Pool* pool, const lrt::Rows* rows, const float* queries, char* workspace,
                 float* out, int64_t num_threads) {
     lrt::run_team(num_threads, lrt::kOtherCounters,
-                  [&](lrt::Team& team) { lrt::set.attend(*model, *pool, *step, queries, workspace, out, team); });
+                  [&](lrt::Team& team) { lrt::set.attend(*model, *pool, *rows, queries, workspace, out, team); });
 }
 }

@@ -4,7 +4,7 @@
 
 // Rows of a step on their way through the layers: some, in order. Row i of them is row rows[i] of the step, and so of what
 // stands below; tokens, positions, slots and row_starts are those of the rows at hand.
-struct Stream : Step {
+struct Stream : Rows {
     const int32_t* rows;
     float *x, *x0;        // [T, D padded to 16] residual stream, and the same before layer 0
     const float* memory;  // [T, D], or null for a plain model
@@ -133,8 +133,8 @@ struct Workspace {
     int64_t product_stride, projected_stride, scratch_size;
     int32_t* chunks;  // (sequence, first row, rows) of every group of rows that attends together
     float *x, *x0, *recalled, *latents, *changes;
-    int32_t *rows, *is_finite, *row_starts;
-    int64_t *tokens, *positions, *slots;
+    int32_t *rows, *is_finite, *row_starts, *table_starts;
+    int64_t *tokens, *positions, *slots, *memory_rows;
 
     // Cuts for `rows` rows; with base null it only counts. Returns the bytes needed.
     INLINE int64_t cut(const Model& m, int64_t rows, int64_t num_threads, char* base) {
@@ -174,8 +174,8 @@ struct Workspace {
         for (float** part : {&x, &x0}) *part = reinterpret_cast<float*>(take(rows * padded_size(m.hidden_size) * 4));
         for (float** part : {&recalled, &latents}) *part = reinterpret_cast<float*>(take(rows * m.hidden_size * 4));
         changes = reinterpret_cast<float*>(take(rows * 4));
-        for (int32_t** part : {&this->rows, &is_finite, &row_starts}) *part = reinterpret_cast<int32_t*>(take((rows + 1) * 4));
-        for (int64_t** part : {&tokens, &positions, &slots}) *part = reinterpret_cast<int64_t*>(take(rows * 8));
+        for (int32_t** part : {&this->rows, &is_finite, &row_starts, &table_starts}) *part = reinterpret_cast<int32_t*>(take((rows + 1) * 4));
+        for (int64_t** part : {&tokens, &positions, &slots, &memory_rows}) *part = reinterpret_cast<int64_t*>(take(rows * 8));
         return used;
     }
 };
@@ -189,7 +189,7 @@ INLINE int64_t rows_of_chunk(const Model& m) {
     return group >= kMostQueries ? 1 : kMostQueries / group;
 }
 
-INLINE int64_t count_chunks(const Model& m, const Step& step) {
+INLINE int64_t count_chunks(const Model& m, const Rows& step) {
     const int64_t most = rows_of_chunk(m);
     int64_t count = 0;
     for (int64_t s = 0; s < step.num_sequences; ++s) count += (step.row_starts[s + 1] - step.row_starts[s] + most - 1) / most;
@@ -197,7 +197,7 @@ INLINE int64_t count_chunks(const Model& m, const Step& step) {
 }
 
 // Writes the groups down.
-INLINE void cut_chunks(const Model& m, const Step& step, int32_t* chunks) {
+INLINE void cut_chunks(const Model& m, const Rows& step, int32_t* chunks) {
     const int64_t most = rows_of_chunk(m);
     int64_t count = 0;
     for (int64_t s = 0; s < step.num_sequences; ++s) {
@@ -212,7 +212,7 @@ INLINE void cut_chunks(const Model& m, const Step& step, int32_t* chunks) {
 
 // Each piece of the keys by whichever thread is free, then each chunk's pieces folded. num_pieces: the most of any chunk.
 template <typename T>
-INLINE void attend_pieces(const Model& m, const Pool& pool, const Step& step, int64_t layer, int64_t num_chunks, int64_t num_pieces,
+INLINE void attend_pieces(const Model& m, const Pool& pool, const Rows& step, int64_t layer, int64_t num_chunks, int64_t num_pieces,
                           const Workspace& w, const AttentionScratch& s, Team& team) {
     const int64_t padded = padded_head(m.head_dim), group = m.num_heads / m.num_kv_heads, window = m.layers[layer].window;
     const int64_t most = num_chunks * num_pieces * m.num_kv_heads / (kTasksPerThread * team.num_threads);
@@ -247,7 +247,7 @@ INLINE void attend_pieces(const Model& m, const Pool& pool, const Step& step, in
 
 // The same where pieces would need more room than there is: all of a chunk's pieces by one thread, a key/value head at a time.
 template <typename T>
-INLINE void attend_chunks(const Model& m, const Pool& pool, const Step& step, int64_t layer, int64_t num_chunks, const Workspace& w,
+INLINE void attend_chunks(const Model& m, const Pool& pool, const Rows& step, int64_t layer, int64_t num_chunks, const Workspace& w,
                           const AttentionScratch& s, Team& team) {
     const int64_t padded = padded_head(m.head_dim), group = m.num_heads / m.num_kv_heads;
     int64_t* counter = team.next_counter();
@@ -265,7 +265,7 @@ INLINE void attend_chunks(const Model& m, const Pool& pool, const Step& step, in
 }
 
 template <typename T>
-INLINE void attend_all(const Model& m, const Pool& pool, const Step& step, int64_t layer, int64_t num_chunks, const Workspace& w,
+INLINE void attend_all(const Model& m, const Pool& pool, const Rows& step, int64_t layer, int64_t num_chunks, const Workspace& w,
                        float* scratch, Team& team) {
     const AttentionScratch s(scratch, padded_head(m.head_dim));
     int64_t num_pieces = 0;
@@ -355,7 +355,7 @@ NOINLINE void run_layer(const Model& m, const Pool& pool, const Stream& step, in
 
 // Attention alone: queries float32 [T, N, H], after rope and norm, over one layer of the pool -> out [T, N * H].
 template <typename T>
-INLINE void attend_only(const Model& m, const Pool& pool, const Step& step, const float* queries, char* memory, float* out, Team& team) {
+INLINE void attend_only(const Model& m, const Pool& pool, const Rows& step, const float* queries, char* memory, float* out, Team& team) {
     Workspace w;
     w.cut(m, step.capacity, team.num_threads, memory);
     float* scratch = w.scratch + team.thread * ((w.scratch_size + 15) / 16 * 16);
@@ -373,7 +373,7 @@ INLINE void attend_only(const Model& m, const Pool& pool, const Step& step, cons
     });
 }
 
-void attend(const Model& m, const Pool& pool, const Step& step, const float* queries, char* memory, float* out, Team& team) {
+void attend(const Model& m, const Pool& pool, const Rows& step, const float* queries, char* memory, float* out, Team& team) {
     if (pool.kind == kBfloat16) return attend_only<uint16_t>(m, pool, step, queries, memory, out, team);
     attend_only<float>(m, pool, step, queries, memory, out, team);
 }

@@ -62,7 +62,7 @@ class Bench:
         started = time.perf_counter()
         windows = self.scheduler.schedule()
         chosen = time.perf_counter()
-        build(windows, self.config.capacity, BLOCK_SIZE)
+        build(windows, BLOCK_SIZE, draws=True)
         laid_out = time.perf_counter()
         num_ended = 0
         for window in windows:

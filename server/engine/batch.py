@@ -1,7 +1,8 @@
-"""From scheduled windows to one step's flat arrays: what one forward of the model needs.
+"""From scheduled windows to one step: what one forward of the model needs.
 
-Python touches a window once; what belongs to its tokens is made for all of them together. Sequences of one row come first, as a
-step wants them. Neighbours: `scheduler.py` chooses the windows, `lrt_core/step.py` says what a step is and computes it.
+Python touches a window once, and as little as it can: what runs between two computations finds nothing in the processor's
+caches. What belongs to single tokens the step makes itself. Neighbours: `scheduler.py` chooses the windows, `lrt_core/step.py`
+says what a step is.
 """
 
 from __future__ import annotations
@@ -9,68 +10,35 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from lrt_core.step import PagedStep
 from server.engine.scheduler import ScheduledWindow
 
 
-def build(windows: Sequence[ScheduledWindow], zero_row: int, block_size: int) -> tuple[list[ScheduledWindow], PagedStep]:
-    """The windows in the order of the step's sequences, and the step. zero_row: latent row of what has no memory yet."""
+def build(windows: Sequence[ScheduledWindow], block_size: int, draws: bool = False) -> tuple[list[ScheduledWindow], PagedStep]:
+    """The windows in the order of the step's sequences, and the step. draws: it is to draw the tokens that are due, if every
+    sequence's next can be drawn without a look at its logits."""
     ordered = [window for window in windows if window.num_tokens == 1]
-    num_decodes = len(ordered)
-    ordered += [window for window in windows if window.num_tokens > 1]
-    tokens, starts, touched = array("q"), array("q"), array("q")
-    tables, table_starts, row_starts = array("i"), array("i"), array("i", (0,))
-    for index, (sequence, start, num_tokens, _) in enumerate(ordered):
-        if index < num_decodes:
+    if len(ordered) < len(windows):
+        ordered += [window for window in windows if window.num_tokens > 1]
+    tokens, sequences, tables, packed = array("q"), array("q"), array("i"), bytearray()
+    for sequence, start, num_tokens, _ in ordered:
+        if num_tokens == 1:
             tokens.append(sequence.token_ids[start])
         else:
             tokens.extend(sequence.token_ids[start : start + num_tokens])
-        starts.append(start)
-        touched.append(sequence.num_touched_tokens)
-        table_starts.append(len(tables))
-        tables += sequence.block_table
-        row_starts.append(len(tokens))
-    first_row, first_block = _int32(row_starts), _int32(table_starts)
-    positions, blocks, known = _int64(starts), first_block, _int64(touched)
-    if num_decodes < len(ordered):
-        owners = np.repeat(np.arange(len(ordered)), np.diff(first_row))
-        positions = positions[owners] + np.arange(len(tokens)) - first_row[owners]
-        blocks, known = blocks[owners], known[owners]
-    rows = np.empty((4, len(tokens)), dtype=np.int64)
-    rows[0], rows[1] = _int64(tokens), positions
-    all_blocks = _int32(tables)
-    _fill_slots(rows[2], positions, all_blocks, blocks, block_size)
-    _fill_slots(rows[3], np.maximum(positions - 1, 0), all_blocks, blocks, block_size)
-    # A predecessor's latent is there where it has been computed since the sequence was placed.
-    rows[3][(positions == 0) | (positions > known)] = zero_row
-    return ordered, PagedStep(rows, first_row, first_block, all_blocks, block_size)
+        table, num_known = sequence.block_table, len(sequence.token_ids)
+        num_wanted = num_known - start if num_known < sequence.max_num_tokens else 0
+        num_drawn = num_known - sequence.num_prompt_tokens
+        sequences.extend((start, num_tokens, sequence.num_touched_tokens, len(table), num_wanted, num_drawn))
+        tables += table
+        if draws:
+            if sequence.draw is None or sequence.siblings:
+                draws = False
+            else:
+                packed += sequence.draw
+    return ordered, PagedStep(tokens, sequences, tables, block_size, packed if draws else None)
 
 
 def slots_of(block_table: Sequence[int], start: int, end: int, block_size: int) -> list[int]:
     """Pool slots of positions start..end - 1."""
     return [block_table[position // block_size] * block_size + position % block_size for position in range(start, end)]
-
-
-def _fill_slots(
-    out: npt.NDArray[np.int64],
-    positions: npt.NDArray[np.int64],
-    tables: npt.NDArray[np.int32],
-    table_starts: npt.NDArray[np.int32],
-    block_size: int,
-) -> None:
-    """The slot of every position, whose sequence's blocks are tables[table_starts...]."""
-    index, offset = np.divmod(positions, block_size)
-    out[:] = tables[table_starts + index]
-    out *= block_size
-    out += offset
-
-
-def _int64(numbers: array[int]) -> npt.NDArray[np.int64]:
-    return np.frombuffer(numbers, dtype=np.int64)
-
-
-def _int32(numbers: array[int]) -> npt.NDArray[np.int32]:
-    return np.frombuffer(numbers, dtype=np.int32)

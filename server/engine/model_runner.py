@@ -18,7 +18,7 @@ from lrt_core.model import LatentRecurrentTransformer
 from lrt_core.native_model import NativeModel
 from lrt_core.paged import PagedPool
 from lrt_core.sampling import SampleRow, sample, top_logprobs
-from lrt_core.step import PagedStep, StepResult, run_step
+from lrt_core.step import run_step
 from server.engine.batch import build, slots_of
 from server.engine.block_manager import Copy
 from server.engine.config import EngineConfig
@@ -74,6 +74,8 @@ class ModelRunner:
         self.model: ServingModel = model
         self.config = config
         self.pool = PagedPool(model.config, config.capacity, model.dtype, model.device)
+        self._native = model if isinstance(model, NativeModel) else None
+        self._max_draws = logits_rows(model.config.vocab_size)
 
     def execute(self, windows: SequenceABC[ScheduledWindow], copies: SequenceABC[Copy] = ()) -> list[WindowResult]:
         """Copy blocks, then run one step; results stand in the order of the batch, those that only score last. Sequences are
@@ -91,19 +93,23 @@ class ModelRunner:
 
     def _compute(self, windows: list[ScheduledWindow]) -> tuple[list[WindowResult], list[Scoring]]:
         """A forward over the windows; returns also which prompt tokens are to be scored by it."""
-        ordered, step = build(windows, self.pool.zero_row, self.config.block_size)
-        outcome = self._run_step(step)
+        ordered, step = build(windows, self.config.block_size, self._native is not None and len(windows) <= self._max_draws)
+        if self._native is not None:
+            outcome = self._native.run_step(step, self.pool, self.config.tolerance)
+        else:
+            assert isinstance(self.model, LatentRecurrentTransformer)
+            outcome = run_step(self.model, step, self.pool, self.config.tolerance)
         told = zip(ordered, outcome.num_settled, outcome.residuals, outcome.is_finite, strict=True)
         results = [WindowResult(window, count, residual, is_finite=finite) for window, count, residual, finite in told]
         offsets = outcome.offsets
-        self._sample(offsets, results, outcome.hidden)
+        if outcome.ids is None:
+            self._sample(offsets, results, outcome.hidden)
+        else:
+            for result, token in zip(results, outcome.ids, strict=True):
+                if token >= 0:
+                    result.tokens.append(TokenLogprob(token, None))
         self._read_latents(results)
         return results, _settled_parts(offsets, results, outcome.hidden)
-
-    def _run_step(self, step: PagedStep) -> StepResult:
-        if isinstance(self.model, NativeModel):
-            return self.model.run_step(step, self.pool, self.config.tolerance)
-        return run_step(self.model, step, self.pool, self.config.tolerance)
 
     def _sample(self, offsets: list[int], results: list[WindowResult], hidden: Tensor) -> None:
         """Draw a token for every sequence whose last position settled, unless it wants none, and for its siblings."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
@@ -20,10 +19,6 @@ from tests.helpers import VARIANTS, random_ids, tiny_config, tiny_model
 
 SETS = kernels.instruction_sets() if kernels.is_native() else ["none"]
 needs_native = pytest.mark.skipif(not kernels.is_native(), reason="the package's build found no C++ compiler")
-
-
-def int32(*numbers: int) -> npt.NDArray[np.int32]:
-    return np.array(numbers, dtype=np.int32)
 
 
 @pytest.fixture(params=SETS)
@@ -44,15 +39,13 @@ def test_decoding_is_the_oracles(variant: str, instruction_set: str) -> None:
     ids = random_ids(50)
     native = NativeModel(model, max_len=64)
     pool = PagedPool(model.config, 80, torch.float32)  # one block more than is used: native code reads ahead
-    tables = int32(3, 0, 2, 1)
-    before, rows = pool.zero_row, []
+    rows = []
     for position, token in enumerate(ids):
-        slot = int(tables[position // 16]) * 16 + position % 16
-        step = PagedStep(np.array([[token], [position], [slot], [before]]), int32(0, 1), int32(0), tables, 16)
+        sequence = array("q", (position, 1, position, 4, 0, 0))
+        step = PagedStep(array("q", [token]), sequence, array("i", (3, 0, 2, 1)), 16)
         result = native.run_step(step, pool, tolerance=0.0)
         assert (result.num_settled, result.residuals, result.is_finite) == ([1], [None], [True])
         rows.append(native.logits(result.hidden)[0])
-        before = slot
     assert (torch.stack(rows) - read(model, ids).logits).abs().max() < 1e-4
 
 

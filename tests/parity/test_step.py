@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,9 @@ from lrt_core import kernels
 from lrt_core.model import LatentRecurrentTransformer
 from lrt_core.native_model import NativeModel
 from lrt_core.paged import PagedPool
-from lrt_core.step import PagedStep, StepResult, run_step
+from lrt_core.sampling import SampleRow, sample
+from lrt_core.sampling_params import SamplingParams
+from lrt_core.step import Layout, PagedStep, StepResult, run_step
 from tests.helpers import VARIANTS, tiny_config, tiny_model
 
 needs_native = pytest.mark.skipif(not kernels.is_native(), reason="the package's build found no C++ compiler")
@@ -28,29 +32,23 @@ def filled_pool(model: LatentRecurrentTransformer) -> PagedPool:
     return pool
 
 
-def make_step(pool: PagedPool, vocab_size: int) -> PagedStep:
-    """Blocks in no order; half of each window has been computed before."""
+def make_step(vocab_size: int, draws: bytearray | None = None) -> PagedStep:
+    """Blocks in no order; half of each window has been computed before. With draws, the first two and the last sequence's next
+    tokens are due."""
     rng = np.random.default_rng(0)
     order = list(rng.permutation(NUM_BLOCKS))
-    rows: list[tuple[int, int, int, int]] = []
-    tables: list[int] = []
-    table_starts, row_starts = [], [0]
-    for start, width in zip(STARTS, WIDTHS, strict=True):
-        table = [order.pop() for _ in range(-(-(start + width) // BLOCK_SIZE))]
-        table_starts.append(len(tables))
-        tables += table
-        slots = [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(start + width)]
-        for position in range(start, start + width):
-            is_known = 0 < position <= start + width // 2
-            memory = slots[position - 1] if is_known else pool.zero_row
-            rows.append((int(rng.integers(vocab_size)), position, slots[position], memory))
-        row_starts.append(len(rows))
-    parts = (np.array(part, dtype=np.int32) for part in (row_starts, table_starts, tables))
-    return PagedStep(np.array(rows).T.copy(), *parts, BLOCK_SIZE)
+    step = PagedStep(array("q"), array("q"), array("i"), BLOCK_SIZE, draws)
+    for number, (start, width) in enumerate(zip(STARTS, WIDTHS, strict=True)):
+        table = [int(order.pop()) for _ in range(-(-(start + width) // BLOCK_SIZE))]
+        num_wanted = {0: 1, 1: 1, 4: 2}.get(number, 0)
+        step.tokens.extend(rng.integers(vocab_size, size=width).tolist())
+        step.sequences.extend((start, width, start + width // 2, len(table), num_wanted, 3 * number))
+        step.tables.extend(table)
+    return step
 
 
-def settled_rows(step: PagedStep, result: StepResult) -> list[int]:
-    starts = step.row_starts.tolist()
+def settled_rows(layout: Layout, result: StepResult) -> list[int]:
+    starts = layout.row_starts.tolist()
     return [row for start, count in zip(starts, result.num_settled, strict=False) for row in range(start, start + count)]
 
 
@@ -65,8 +63,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_native_and_torch_take_the_same_step(variant: str, tolerance: float) -> None:
     """Tolerances at which one row of a window settles, some do and all do."""
     model = tiny_model(tiny_config(**VARIANTS[variant]))
-    ours, theirs = filled_pool(model), filled_pool(model)
-    step = make_step(ours, model.config.vocab_size)
+    theirs, step = filled_pool(model), make_step(model.config.vocab_size)
     expected = run_step(model, step, theirs, tolerance)
     native = NativeModel(model, max_len=64)
     for repetition in range(2):  # the second over a workspace that is no longer zeros
@@ -91,11 +88,12 @@ def test_native_and_torch_take_the_same_step(variant: str, tolerance: float) -> 
 def test_above_the_source_nothing_is_computed_for_rows_that_have_not_settled(native: bool) -> None:
     model = tiny_model(tiny_config(**VARIANTS["upper-middle-source"]))
     pool, before = filled_pool(model), filled_pool(model)
-    step = make_step(pool, model.config.vocab_size)
+    step = make_step(model.config.vocab_size)
     result = NativeModel(model, max_len=64).run_step(step, pool, 0.0) if native else run_step(model, step, pool, 0.0)
-    settled = settled_rows(step, result)
+    layout = step.lay_out(pool.zero_row)
+    settled = settled_rows(layout, result)
     others = sorted(set(range(step.num_rows)) - set(settled))
-    slots = torch.from_numpy(step.rows[2])
+    slots = torch.from_numpy(layout.rows[2])
     assert others and len(result.hidden) == len(settled)
     for layer in range(model.config.num_layers):
         is_same = (pool.keys[layer][slots] == before.keys[layer][slots]).flatten(1).all(1)
@@ -110,10 +108,32 @@ def test_whose_states_are_no_numbers_is_told_alone(native: bool) -> None:
     """A value that is none is seen by one sequence, which decodes beside another, and by the settled row of a third."""
     model = tiny_model()
     pool = filled_pool(model)
-    step = make_step(pool, model.config.vocab_size)
+    step = make_step(model.config.vocab_size)
+    layout = step.lay_out(pool.zero_row)
     for sequence in (0, 2):
-        block = int(step.tables[step.table_starts[sequence] + STARTS[sequence] // BLOCK_SIZE - 1])
+        block = int(layout.tables[layout.table_starts[sequence] + STARTS[sequence] // BLOCK_SIZE - 1])
         pool.values[0, block * BLOCK_SIZE] = torch.nan
     result = NativeModel(model, max_len=64).run_step(step, pool, 0.0) if native else run_step(model, step, pool, 0.0)
     assert result.is_finite == [False, True, False, True, True]
     assert result.num_settled == [1] * len(WIDTHS)
+
+
+@needs_native
+@pytest.mark.parametrize("tolerance", [0.0, 9.0])
+@torch.no_grad()
+def test_a_step_draws_the_tokens_that_its_logits_give(tolerance: float) -> None:
+    """Where the last sequence's window settles, and where its next token is not due yet."""
+    model = tiny_model()
+    native = NativeModel(model, max_len=64)
+    hot, filtered = SamplingParams(temperature=1.5), SamplingParams(temperature=0.7, top_k=20, top_p=0.9, min_p=0.01)
+    for seed in (0, 5, -1, 2**63 + 3, 2**70):
+        params = [SamplingParams(temperature=0), hot, hot, hot, filtered]
+        draws = bytearray(b"".join(own.pack(seed + number) for number, own in enumerate(params)))
+        result = native.run_step(make_step(model.config.vocab_size, draws), filled_pool(model), tolerance)
+        last = torch.tensor(result.offsets[1:]) - 1
+        rows = [SampleRow(own, seed + number, 3 * number) for number, own in enumerate(params)]
+        expected = sample(native.logits(result.hidden[last]), rows).tolist()
+        is_due = [True, True, False, False, tolerance > 0]
+        assert result.ids == [token if due else -1 for token, due in zip(expected, is_due, strict=True)]
+    undrawn = native.run_step(make_step(model.config.vocab_size), filled_pool(model), tolerance)
+    assert undrawn.ids is None
