@@ -1,5 +1,6 @@
-"""A lean HTTP/1.1 client over asyncio streams and h11: what it costs is taken from the server it measures. No torch.
+"""A lean HTTP/1.1 client over asyncio streams: what it costs is taken from the server it measures. No torch.
 
+h11 speaks the protocol, but for the chunks of a stream: taking one apart would cost it as much as the server spent on sending it.
 Neighbours: `load.py` sends completions with it, `api_probe.py` asks what a server can do.
 """
 
@@ -17,6 +18,7 @@ import h11
 CHUNK = 65536
 MAX_BODY = 64 * 2**20
 """Bytes of one answer; a server that sends more is stopped."""
+CUT_SHORT = "the server closed the connection in the middle of an answer"
 
 
 class HttpError(Exception):
@@ -53,6 +55,35 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+class Chunks:
+    """Takes a chunked body apart."""
+
+    def __init__(self) -> None:
+        self.is_complete = False
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> bytes:
+        """The content of the chunks that `data` completes. Raises ValueError for what is no chunk, or none to be waited for."""
+        rest, content = self._rest, []
+        rest += data
+        while (end := rest.find(b"\r\n")) >= 0:
+            digits = rest[:end].partition(b";")[0].rstrip()
+            size = int(digits, 16) if digits.isalnum() else -1
+            start, stop = end + 2, end + 2 + size
+            if not 0 <= size <= MAX_BODY or rest[stop : stop + 2] not in (b"\r\n", b"\r", b"") and size > 0:
+                raise ValueError("no chunk")
+            if size == 0:
+                self.is_complete = rest.find(b"\r\n\r\n", end) >= 0  # behind what trailers there are
+                break
+            if len(rest) < stop + 2:
+                break
+            content.append(bytes(rest[start:stop]))
+            del rest[: stop + 2]
+        if end < 0 and len(rest) > CHUNK:
+            raise ValueError("no chunk begins like that")
+        return b"".join(content)
+
+
 class Connection:
     """One connection that serves one request at a time; `is_open` tells whether it can take another."""
 
@@ -61,6 +92,8 @@ class Connection:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._http = h11.Connection(h11.CLIENT)
+        self._is_chunked = self._is_last = False
+        self._arrived = 0.0
 
     @property
     def is_open(self) -> bool:
@@ -84,25 +117,53 @@ class Connection:
                 continue
             if not isinstance(event, h11.Response):
                 raise HttpError("the server's answer has no head")
+            fields = [(name, value.lower()) for name, value in event.headers]
+            self._is_chunked = (b"transfer-encoding", b"chunked") in fields
+            self._is_last = (b"connection", b"close") in fields or event.http_version < b"1.1"
             return int(event.status_code)
         except (OSError, h11.ProtocolError) as error:
             raise HttpError(_reason(error)) from None
 
     async def body(self) -> AsyncIterator[tuple[float, bytes]]:
         """The answer's parts, each with the `time.perf_counter()` of its arrival. Raises HttpError."""
+        size = 0
         try:
-            size = 0
-            while isinstance(event := await self._next(), h11.Data):
-                size += len(event.data)
+            async for data in self._chunks() if self._is_chunked else self._data():
+                size += len(data)
                 if size > MAX_BODY:
                     raise HttpError(f"the answer is longer than {MAX_BODY} bytes")
-                yield self._arrived, bytes(event.data)
-            if not isinstance(event, h11.EndOfMessage):
-                raise HttpError("the server closed the connection in the middle of an answer")
-            if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
-                self._http.start_next_cycle()
+                yield self._arrived, data
         except (OSError, h11.ProtocolError) as error:
             raise HttpError(_reason(error)) from None
+
+    async def _data(self) -> AsyncIterator[bytes]:
+        """A body whose end its length tells, or the connection's."""
+        while isinstance(event := await self._next(), h11.Data):
+            yield bytes(event.data)
+        if not isinstance(event, h11.EndOfMessage):
+            raise HttpError(CUT_SHORT)
+        if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
+            self._http.start_next_cycle()
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        """A chunked body; what h11 has read of it already comes first."""
+        chunks, data = Chunks(), self._http.trailing_data[0]
+        while True:
+            try:
+                content = chunks.feed(data)
+            except ValueError:
+                raise HttpError("the answer's chunks are none") from None
+            if content:
+                yield content
+            if chunks.is_complete:
+                break
+            data = await self._receive()
+            if not data:
+                raise HttpError(CUT_SHORT)
+        if self._is_last:
+            self.close()
+        else:
+            self._http = h11.Connection(h11.CLIENT)
 
     def close(self) -> None:
         """Close it, whatever it is doing; a later `send` connects anew."""
@@ -117,14 +178,18 @@ class Connection:
             self._reader, self._writer = await asyncio.open_connection(self._address.host, self._address.port, ssl=tls)
 
     async def _next(self) -> object:
-        assert self._reader is not None
         while (event := self._http.next_event()) is h11.NEED_DATA:
-            data = await self._reader.read(CHUNK)
-            self._arrived = time.perf_counter()
+            data = await self._receive()
             if not data and self._http.their_state is h11.SEND_RESPONSE:
                 raise HttpError("the server closed the connection without an answer")
             self._http.receive_data(data)
         return event
+
+    async def _receive(self) -> bytes:
+        assert self._reader is not None
+        data = await self._reader.read(CHUNK)
+        self._arrived = time.perf_counter()
+        return data
 
 
 def _reason(error: Exception) -> str:

@@ -159,7 +159,14 @@ class LoadRun:
         return Connection(self._address)
 
     async def _read(self, connection: Connection, exchange: Exchange) -> None:
-        status = await connection.send("POST", PATH, exchange.body)
+        is_kept = connection.is_open
+        try:
+            status = await connection.send("POST", PATH, exchange.body)
+        except HttpError:
+            if not is_kept:
+                raise
+            connection.close()  # its server closed it meanwhile, as it may: the request goes over a new one
+            status = await connection.send("POST", PATH, exchange.body)
         async for part in connection.body():
             exchange.parts.append(part)
         exchange.finished = time.perf_counter()

@@ -7,6 +7,7 @@ the ratio is what HTTP costs. Neighbours: `load.py` is the clients, `processes.p
 from __future__ import annotations
 
 import itertools
+import secrets
 import tempfile
 from argparse import Namespace
 from collections import Counter
@@ -29,7 +30,8 @@ COMMON_IDS = 1000
 """Every vocabulary has more ids than these; what is drawn for servers whose vocabulary is unknown."""
 OPEN_LOOP_SECONDS = 10
 WARM_TOKENS = 8
-_seeds = itertools.count()
+_seeds = itertools.count(secrets.randbits(40))
+"""Of loads: no server that runs on from one program to the next shall have seen a prompt before, and cached it."""
 
 
 @dataclass(frozen=True)

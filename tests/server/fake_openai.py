@@ -16,8 +16,8 @@ from typing import Any
 @dataclass
 class Behaviour:
     """refused: fields that are answered with a 400; status: of every completion but the first `good` ones; delay: seconds
-    before each token; breaks: the connection ends in the middle of every stream; bodies: what was asked for; key: what
-    every request must carry, empty for none."""
+    before each token; breaks: the connection ends in the middle of every stream; closes: it ends after every answer,
+    unannounced; bodies: what was asked for; key: what every request must carry, empty for none."""
 
     refused: frozenset[str] = frozenset()
     refuses_ids: bool = False
@@ -25,6 +25,7 @@ class Behaviour:
     good: int = 0
     delay: float = 0.0
     breaks: bool = False
+    closes: bool = False
     garbage: bool = False
     models: tuple[str, ...] = ("fake",)
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -63,6 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._has_key():
             return
         behaviour.bodies.append(body)
+        self.close_connection = behaviour.closes
         refused = next((name for name in body if name in behaviour.refused), None)
         if refused is not None or (behaviour.refuses_ids and not isinstance(body["prompt"], str)):
             self._answer(400, {"error": {"message": f"no {refused or 'ids'} here"}})

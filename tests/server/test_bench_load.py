@@ -14,7 +14,7 @@ import pytest
 
 from server.bench.api_probe import adapt, model_name
 from server.bench.errors import BenchError
-from server.bench.http_client import Address, Connection, HttpError, fetch
+from server.bench.http_client import Address, Chunks, Connection, HttpError, fetch
 from server.bench.load import Job, LoadRun, Outcome, error_text, request_bodies, request_body
 from server.bench.processes import run_load
 from tests.server.fake_openai import Behaviour, fake_openai
@@ -76,6 +76,12 @@ def test_broken_streams_are_counted() -> None:
     assert sum(outcome.errors.values()) == 5 and all("closed" in reason for reason in outcome.errors)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_connection_that_its_server_has_closed_is_no_failure(stream: bool) -> None:
+    outcome = load(Behaviour(closes=True), stream=stream)
+    assert (outcome.num_finished, outcome.errors) == (5, {})
+
+
 def test_an_error_within_a_stream_is_counted() -> None:
     events = b'data: {"choices": [{"text": "x"}]}\n\ndata: {"error": {"message": "gone"}}\n\ndata: [DONE]\n\n'
     with answering(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(events), events)) as url:
@@ -129,11 +135,42 @@ class answering:
         (b"", "closed the connection without an answer"),
         (b"SSH-2.0-OpenSSH\r\n", "closed the connection without an answer"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabc", "closed"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n", "in the middle of an answer"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabcde\r\n", "chunks are none"),
     ],
 )
 def test_what_is_no_http_is_an_error(answer: bytes, message: str) -> None:
     with answering(answer) as url, pytest.raises(HttpError, match=message):
         asyncio.run(fetch(Address.parse(url), "GET", "/", timeout=10))
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 100])
+def test_chunks_come_together_however_they_arrive(piece: int) -> None:
+    body = b"5\r\nhello\r\n1A;x=y\r\nabcdefghijklmnopqrstuvwxyz\r\n0\r\nSome-Trailer: 1\r\n\r\n"
+    chunks = Chunks()
+    content = b""
+    for start in range(0, len(body), piece):
+        assert not chunks.is_complete
+        content += chunks.feed(body[start : start + piece])
+    assert content == b"helloabcdefghijklmnopqrstuvwxyz" and chunks.is_complete
+
+
+@pytest.mark.parametrize("begin", [b"-5\r\n", b"zz\r\n", b"\r\n", b"_\r\n", b"3\r\nabcde", b"ffffffffff\r\n", b"0" * 70000])
+def test_what_is_no_chunk_is_refused(begin: bytes) -> None:
+    with pytest.raises(ValueError, match="no chunk"):
+        Chunks().feed(begin)
+
+
+def test_a_connection_that_is_to_be_closed_is_not_used_again() -> None:
+    async def once(url: str) -> bool:
+        connection = Connection(Address.parse(url))
+        await connection.send("GET", "/")
+        assert [part async for _, part in connection.body()] == [b"abc"]
+        return connection.is_open
+
+    head = b"HTTP/1.1 200 OK\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n"
+    with answering(head + b"3\r\nabc\r\n0\r\n\r\n") as url:
+        assert not asyncio.run(once(url))
 
 
 def test_fetch_waits_only_so_long() -> None:
