@@ -94,7 +94,7 @@ class NativeModel:
             softcap=self.config.logit_softcap,
             eps=EPS,
         )
-        self._capacity = self._num_threads = 0
+        self._capacity, self._cut_for = 0, (0, 0)
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._partial = torch.empty(PARTIAL_SIZE)
         self._logits = torch.empty(0, self.config.vocab_size)
@@ -146,8 +146,8 @@ class NativeModel:
 
     def _make_room(self, num_rows: int, num_sequences: int, num_threads: int, draws: bool) -> None:
         """A zeroed workspace for at least that many rows, and places for what comes of that many sequences."""
-        if num_rows > self._capacity or num_threads != self._num_threads:
-            self._capacity, self._num_threads = max(num_rows, self._capacity), num_threads
+        if num_rows > self._capacity or (num_threads, kernels.num_switches) != self._cut_for:
+            self._capacity, self._cut_for = max(num_rows, self._capacity), (num_threads, kernels.num_switches)
             size = self._library.lrt_workspace_size(self._struct, self._capacity, num_threads)
             self._workspace = torch.zeros(size, dtype=torch.uint8)
         if num_sequences > len(self._ids):

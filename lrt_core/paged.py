@@ -66,7 +66,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
 class DecodeGroup:
     """The step's sequences with one token each, first in the flat batch: S rows padded to the longest context C.
 
-    slots [S, C] int64 (any valid slot as padding), context_lens [S]: tokens each sees, its own included.
+    slots [S, C] int64 (one of its own as padding), context_lens [S]: tokens each sees, its own included.
     """
 
     slots: Tensor

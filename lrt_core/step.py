@@ -12,6 +12,7 @@ Shapes: T rows of the step (all sequences flat), R settled rows, S sequences, D 
 from __future__ import annotations
 
 import itertools
+import math
 from array import array
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -152,7 +153,12 @@ def _settle(step: Layout, latents: Tensor, memory: Tensor | None, tolerance: flo
         return widths, [None] * len(widths)
     changes: list[float] = relative_change(latents[:-1], memory[1:]).tolist()
     own = [changes[start : start + width - 1] for start, width in zip(step.row_starts.tolist(), widths, strict=False)]
-    return [num_settled(part, tolerance) for part in own], [max(part) if part else None for part in own]
+    return [num_settled(part, tolerance) for part in own], [_largest(part) if part else None for part in own]
+
+
+def _largest(changes: list[float]) -> float:
+    """No number if any is none."""
+    return math.nan if any(math.isnan(change) for change in changes) else max(changes)
 
 
 def _settled_part(step: Layout, kv: PagedKV, counts: list[int]) -> tuple[Tensor, PagedKV]:

@@ -13,7 +13,10 @@ PERIOD = 8
 WASTEFUL = 12.0
 """Rows per settled position above which the window halves; a trained recurrence takes 4 to 10."""
 FUTILE = 0.75
-"""Rows per settled position, as a share of the window's width, above which it halves too: nearly one position a pass."""
+"""Rows per settled position, as a share of the window's width, above which it halves too: nearly one position a pass. Where the
+step's budget made the passes narrower than the window, of their width."""
+TELLING = 4
+"""Rows of a pass that was cut short from which on it says so much."""
 CHEAP = 8.0
 """Rows per settled position below which it doubles, up to its maximum, if all its passes were as wide as it allowed: a window
 that the step's budget or the prompt's end cut short says nothing about a wider one."""
@@ -54,8 +57,9 @@ class WindowControl:
         self._settled += num_settled
         if self._passes < PERIOD:
             return
-        cost = self._rows / self._settled
-        if self.width > 1 and cost > min(WASTEFUL, FUTILE * self.width):
+        cost, mean = self._rows / self._settled, self._rows / self._passes
+        counted = mean if mean >= TELLING else self.width
+        if self.width > 1 and cost > min(WASTEFUL, FUTILE * counted):
             self.width //= 2
         elif cost < CHEAP and self._rows == self._passes * self.width:
             self.width = min(self.maximum, self.width * 2)

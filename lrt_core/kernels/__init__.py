@@ -54,6 +54,8 @@ def _openmp() -> str:
 
 _library = _load()
 _enabled = True
+num_switches = 0
+"""How often another instruction set was taken; each cuts workspaces in its own way."""
 
 
 def is_native() -> bool:
@@ -85,11 +87,17 @@ def instruction_sets() -> list[str]:
 def using_instruction_set(name: str) -> Iterator[None]:
     """Take another one of `instruction_sets` within a block, for models and operands made there."""
     before = instruction_set()
-    library().lrt_use_set(instruction_sets().index(name))
+    _use(name)
     try:
         yield
     finally:
-        library().lrt_use_set(instruction_sets().index(before))
+        _use(before)
+
+
+def _use(name: str) -> None:
+    global num_switches
+    num_switches += 1
+    library().lrt_use_set(instruction_sets().index(name))
 
 
 @contextmanager

@@ -116,7 +116,7 @@ INLINE void settle(const Step& step, const Workspace& w, const Outcome& outcome)
         const int32_t end = w.row_starts[s + 1];
         float residual = -1.0f;
         for (int32_t row = start + 1; row < end && has_memory; ++row) {
-            if (!(w.changes[row] <= residual)) residual = w.changes[row];
+            if (residual == residual && !(w.changes[row] <= residual)) residual = w.changes[row];  // no number stays so
         }
         int32_t last = start + 1;
         while (last < end && (!has_memory || w.changes[last] <= step.tolerance)) ++last;

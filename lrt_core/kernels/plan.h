@@ -106,7 +106,7 @@ struct Step {
 // What comes of a step, sequence by sequence.
 struct Outcome {
     int32_t* num_settled;  // [S] leading rows that are final
-    float* residuals;      // [S] largest relative change of a memory; negative where the sequence has but one row
+    float* residuals;      // [S] largest relative change of a memory; negative for a single row and for a plain model
     int32_t* is_finite;    // [S] whether the states of its settled rows are numbers
     float* hidden;         // [T, D] the settled rows' hidden states, one sequence's behind another's
     int64_t* ids;          // [S] the token drawn, negative where none was due

@@ -198,7 +198,7 @@ const std::vector<Set>& available() {
 
 Set set = available()[0];
 
-// Phases of a call: each has at most one counter of its own, and a few more before and after the layers.
+// Counters of a call: what the phases of a layer take, and a few more before and after the layers.
 constexpr int64_t kCountersPerLayer = 14, kOtherCounters = 8;
 
 template <typename Work>
@@ -288,7 +288,7 @@ void lrt_forward(const lrt::Model* model, const lrt::Pool* pool, const lrt::Step
     if (step->draws != nullptr) lrt::draw(*model, *step, *outcome, num_threads);
 }
 
-// out [rows, n] = input [rows, k] times the matrix, capped where softcap > 0. workspace: rows * (8 * (k padded to 16) + 4) bytes, zeroed.
+// out [rows, n] = input [rows, k] times the matrix, capped where softcap > 0. workspace: rows * (8 * (k padded to 16) + 4) bytes, zero behind column k.
 void lrt_apply(const lrt::Matrix* matrix, const float* input, int64_t rows, float softcap, char* workspace, float* out,
                int64_t num_threads) {
     lrt::run_team(num_threads, lrt::kOtherCounters,

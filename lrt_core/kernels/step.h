@@ -171,11 +171,15 @@ struct Workspace {
         chunks = reinterpret_cast<int32_t*>(take(rows * 3 * 4));
         scratch_size = AttentionScratch::size(padded) + 2 * m.head_dim;
         scratch = reinterpret_cast<float*>(take(num_threads * ((scratch_size + 15) / 16 * 16) * 4));
-        for (float** part : {&x, &x0}) *part = reinterpret_cast<float*>(take(rows * padded_size(m.hidden_size) * 4));
-        for (float** part : {&recalled, &latents}) *part = reinterpret_cast<float*>(take(rows * m.hidden_size * 4));
+        float** const streams[] = {&x, &x0};
+        float** const states[] = {&recalled, &latents};
+        int32_t** const counts[] = {&this->rows, &is_finite, &row_starts, &table_starts};
+        int64_t** const places[] = {&tokens, &positions, &slots, &memory_rows};
+        for (float** part : streams) *part = reinterpret_cast<float*>(take(rows * padded_size(m.hidden_size) * 4));
+        for (float** part : states) *part = reinterpret_cast<float*>(take(rows * m.hidden_size * 4));
+        for (int32_t** part : counts) *part = reinterpret_cast<int32_t*>(take((rows + 1) * 4));
+        for (int64_t** part : places) *part = reinterpret_cast<int64_t*>(take(rows * 8));
         changes = reinterpret_cast<float*>(take(rows * 4));
-        for (int32_t** part : {&this->rows, &is_finite, &row_starts, &table_starts}) *part = reinterpret_cast<int32_t*>(take((rows + 1) * 4));
-        for (int64_t** part : {&tokens, &positions, &slots, &memory_rows}) *part = reinterpret_cast<int64_t*>(take(rows * 8));
         return used;
     }
 };

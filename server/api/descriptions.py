@@ -28,8 +28,11 @@ DESCRIPTIONS = {
     "bad_words": "Texts whose tokens, as the tokenizer cuts the text alone or behind a space, may not follow one another.",
     "logprobs": "Report logprobs of generated tokens: in completions the number of alternatives, in chats true.",
     "top_logprobs": "Alternatives to report beside each generated token; needs logprobs.",
-    "prompt_logprobs": "Alternatives to report beside each token of the prompt.",
-    "echo": "Begin the text with the prompt, and logprobs with the prompt's.",
+    "prompt_logprobs": (
+        "Alternatives to report beside each token of the prompt. A model whose source is not its last layer reads the whole "
+        "prompt for them, whatever of it is cached."
+    ),
+    "echo": "Begin the text with the prompt, and logprobs with the prompt's, as prompt_logprobs does.",
     "return_token_ids": "Report token ids beside texts.",
     "stream": "Answer with server-sent events.",
     "stream_options": "What a stream carries besides its text; needs stream.",
@@ -37,7 +40,7 @@ DESCRIPTIONS = {
     "continuous_usage_stats": "Put usage into every chunk.",
     "response_format": "What the text must look like.",
     "structured_outputs": "What the text must look like: JSON schema, regular expression, choice or grammar.",
-    "priority": "Lower values are served first.",
+    "priority": "Lower values are served first, equal ones in order of arrival; others wait as long as such keep coming.",
     "cache_salt": "Cached state is shared only among requests of equal salt.",
     "truncate_prompt_tokens": "Keep only so many of the prompt's last tokens.",
     "user": "Who asks; for the client's own records.",

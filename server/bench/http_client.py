@@ -1,6 +1,6 @@
 """A lean HTTP/1.1 client over asyncio streams: what it costs is taken from the server it measures. No torch.
 
-h11 speaks the protocol, but for the chunks of a stream: taking one apart would cost it as much as the server spent on sending it.
+h11 speaks the protocol, but for the chunks of a stream: to take one apart costs it as much as the server spent on sending it.
 Neighbours: `load.py` sends completions with it, `api_probe.py` asks what a server can do.
 """
 
@@ -23,6 +23,10 @@ CUT_SHORT = "the server closed the connection in the middle of an answer"
 
 class HttpError(Exception):
     """No answer, or no answer that is HTTP; the message says why, without the address, so that equal ones count together."""
+
+
+class ClosedError(HttpError):
+    """The connection ended before any answer."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ class Chunks:
             digits = rest[:end].partition(b";")[0].rstrip()
             size = int(digits, 16) if digits.isalnum() else -1
             start, stop = end + 2, end + 2 + size
-            if not 0 <= size <= MAX_BODY or rest[stop : stop + 2] not in (b"\r\n", b"\r", b"") and size > 0:
+            is_torn = size > 0 and not b"\r\n".startswith(bytes(rest[stop : stop + 2]))
+            if is_torn or not 0 <= size <= MAX_BODY:
                 raise ValueError("no chunk")
             if size == 0:
                 self.is_complete = rest.find(b"\r\n\r\n", end) >= 0  # behind what trailers there are
@@ -121,6 +126,8 @@ class Connection:
             self._is_chunked = (b"transfer-encoding", b"chunked") in fields
             self._is_last = (b"connection", b"close") in fields or event.http_version < b"1.1"
             return int(event.status_code)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ClosedError(_reason(error)) from None
         except (OSError, h11.ProtocolError) as error:
             raise HttpError(_reason(error)) from None
 
@@ -181,7 +188,7 @@ class Connection:
         while (event := self._http.next_event()) is h11.NEED_DATA:
             data = await self._receive()
             if not data and self._http.their_state is h11.SEND_RESPONSE:
-                raise HttpError("the server closed the connection without an answer")
+                raise ClosedError("the server closed the connection without an answer")
             self._http.receive_data(data)
         return event
 

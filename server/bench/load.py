@@ -18,7 +18,7 @@ from collections.abc import Coroutine, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from server.bench.http_client import Address, Connection, HttpError
+from server.bench.http_client import Address, ClosedError, Connection, HttpError
 
 PATH = "/v1/completions"
 MAX_IDLE_SECONDS = 2.0
@@ -162,10 +162,10 @@ class LoadRun:
         is_kept = connection.is_open
         try:
             status = await connection.send("POST", PATH, exchange.body)
-        except HttpError:
+        except ClosedError:
             if not is_kept:
                 raise
-            connection.close()  # its server closed it meanwhile, as it may: the request goes over a new one
+            connection.close()  # its server had closed it, as it may: the request goes over a new one
             status = await connection.send("POST", PATH, exchange.body)
         async for part in connection.body():
             exchange.parts.append(part)

@@ -4,7 +4,7 @@ A block carries K, V and latent of its tokens together, so freeing, sharing or c
 blocks whose tokens are all settled are registered under a hash of everything that shaped them (the tokens up to their end, and
 a root that names weights, type, prefill mode, tolerance and salt). Unreferenced blocks keep their content until they are
 needed, least recently used first, so a later sequence with the same beginning takes them over.
-Neighbours: `scheduler.py` calls it, `batch.py` turns block tables into slots, `model_runner.py` carries out the copies.
+Neighbours: `scheduler.py` calls it, `batch.py` hands block tables to the step, `model_runner.py` carries out the copies.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ class BlockManager:
         """Append blocks until the table holds every known token, and make the block that is written next its own; false, with
         nothing changed, where too few blocks are free."""
         num_missing, is_shared = self._num_missing(sequence), self._is_write_shared(sequence)
+        if not (num_missing or is_shared):
+            return True
         if num_missing + is_shared > len(self._free):
             return False
         sequence.block_table.extend(self._take() for _ in range(num_missing))
@@ -103,7 +105,7 @@ class BlockManager:
         self._release(shared)
 
     def _num_missing(self, sequence: Sequence) -> int:
-        return max(0, -(-sequence.num_tokens // self.block_size) - len(sequence.block_table))
+        return max(0, -(-len(sequence.token_ids) // self.block_size) - len(sequence.block_table))
 
     def _is_write_shared(self, sequence: Sequence) -> bool:
         """Whether the block of the first uncomputed position also belongs to a sibling."""
@@ -131,12 +133,15 @@ class BlockManager:
         """Make the sequence's settled full blocks known to the prefix cache."""
         if self._root is None:
             return
-        for index in range(sequence.num_registered_blocks, sequence.num_computed_tokens // self.block_size):
+        num_settled = sequence.num_computed_tokens // self.block_size
+        if num_settled <= sequence.num_registered_blocks:
+            return
+        for index in range(sequence.num_registered_blocks, num_settled):
             key, block = self._hash(sequence, index), sequence.block_table[index]
             if key not in self._cached:
                 self._cached[key] = block
                 self._hashes[block] = key
-        sequence.num_registered_blocks = max(sequence.num_registered_blocks, sequence.num_computed_tokens // self.block_size)
+        sequence.num_registered_blocks = num_settled
 
     def _reference(self, block: int) -> None:
         if self.ref_counts[block] == 0:

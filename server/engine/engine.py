@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from collections.abc import Collection
@@ -47,7 +48,7 @@ class Engine:
     """Scheduler, blocks and model in one place.
 
     eos_ids end a sequence unless it ignores them. With check_invariants every step ends with a check that queues, reference
-    counts, free list, hashes and block tables agree (a failed one is a bug: AssertionError).
+    counts, free list, hashes, block tables and latent rows agree (a failed one is a bug: AssertionError).
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Engine:
         self.fill_gauges(output.stats)
         if self.check_invariants:
             self.scheduler.check_invariants()
+            self.runner.check_invariants(self.scheduler.running)
         return output
 
     def _note_start(self, windows: list[ScheduledWindow], now: float) -> list[Sequence]:
@@ -165,7 +167,7 @@ class Engine:
             window, sequence = result.window, result.window.sequence
             stats.num_scheduled_tokens += window.num_tokens
             stats.num_scored_tokens += window.num_scored
-            if result.residual is not None:
+            if result.residual is not None and math.isfinite(result.residual):
                 stats.refinement_residuals.append(result.residual)
             num_prompt_tokens = sequence.num_prompt_tokens
             if sequence.num_counted_prompt_tokens == num_prompt_tokens:
@@ -212,7 +214,10 @@ class Engine:
         output.outputs += outputs
 
     def _give_up(self, sequences: list[Sequence], output: StepOutput) -> None:
-        """End samples whose states are no numbers; nothing of them is kept for others."""
+        """End samples whose states are no numbers; nothing of these is kept, for others to find or to read past their ends."""
+        first = sequences[0]
+        unsettled = first.block_table[first.num_registered_blocks :]
+        self.runner.clear([block for block in unsettled if self.blocks.ref_counts[block] == 1])
         for sequence in sequences:
             if not sequence.finished:
                 sequence.siblings = []

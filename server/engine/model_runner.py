@@ -2,7 +2,7 @@
 
 The lm_head runs only on rows that are read (a sequence's last settled row, prompt rows whose logprobs were asked for), in
 chunks of `logits_rows`, so that logits of a long prompt, or of many samples at once, never exist whole.
-Neighbours: `batch.py` lays the step out, `lrt_core/step.py` and `native_model.py` compute it, `engine.py` calls `execute`.
+Neighbours: `batch.py` writes the step down, `lrt_core/step.py` and `native_model.py` compute it, `engine.py` calls `execute`.
 """
 
 from __future__ import annotations
@@ -90,6 +90,22 @@ class ModelRunner:
                     scorings.append(self._cached_part(results[-1]))
             self._score(scorings)
         return results
+
+    def clear(self, blocks: SequenceABC[int]) -> None:
+        """Make zeros of blocks in which there may be what is no number."""
+        size = self.config.block_size
+        for block in blocks:
+            for storage in (*self.pool.keys, *self.pool.values, self.pool.latents):
+                storage[block * size : (block + 1) * size] = 0.0
+
+    def check_invariants(self, sequences: SequenceABC[Sequence]) -> None:
+        """Assert, between two steps, that the row of no memory is zeros and that every sequence's memory is numbers. A failure
+        is a bug: AssertionError."""
+        latents, size = self.pool.latents, self.config.block_size
+        assert not bool(latents[self.pool.zero_row].any()), "the latent of no token was written"
+        ends = [(sequence.block_table, sequence.num_computed_tokens) for sequence in sequences if sequence.num_computed_tokens]
+        slots = [slot for table, end in ends for slot in slots_of(table, end - 1, end, size)]
+        assert bool(latents[slots].isfinite().all()), "a settled token's latent is no number"
 
     def _compute(self, windows: list[ScheduledWindow]) -> tuple[list[WindowResult], list[Scoring]]:
         """A forward over the windows; returns also which prompt tokens are to be scored by it."""

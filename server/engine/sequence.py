@@ -1,6 +1,6 @@
 """One sample on its way through the engine: its tokens, its blocks, how far it is computed. No torch.
 
-Neighbours: `scheduler.py` moves it between queues, `block_manager.py` fills its block table, `batch.py` lays it out.
+Neighbours: `scheduler.py` moves it between queues, `block_manager.py` fills its block table, `batch.py` puts it into a step.
 """
 
 from __future__ import annotations

@@ -63,6 +63,18 @@ def test_it_keeps_its_width_where_the_recurrence_contracts(width: int, num_passe
         assert control.width == width
 
 
+@pytest.mark.parametrize(
+    ("rows", "num_passes_a_row", "is_futile"), [(8, 8, True), (4, 4, True), (8, 3.7, False), (4, 2.7, False)]
+)
+def test_passes_that_the_budget_cuts_short_narrow_it_as_well(rows: int, num_passes_a_row: float, is_futile: bool) -> None:
+    """Two or four prompts that share the 16 rows of a step."""
+    control, settled = WindowControl(16), 0.0
+    for _ in range(4 * PERIOD):
+        before, settled = int(settled), settled + min(rows, control.width) / min(num_passes_a_row, control.width)
+        control.observe(int(settled) - before, min(rows, control.width))
+    assert control.width == (1 if is_futile else 16)
+
+
 @pytest.mark.parametrize("settled_per_pass", [11, 16, 64, 128])
 def test_it_stays_wide_where_passes_settle_enough(settled_per_pass: int) -> None:
     assert widths_over(WindowControl(128), 5 * PERIOD, settled_per_pass) == [128] * 5 * PERIOD

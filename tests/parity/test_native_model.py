@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,18 +16,7 @@ from lrt_core.paged import PagedPool
 from lrt_core.step import PagedStep
 from tests.helpers import VARIANTS, random_ids, tiny_config, tiny_model
 
-SETS = kernels.instruction_sets() if kernels.is_native() else ["none"]
 needs_native = pytest.mark.skipif(not kernels.is_native(), reason="the package's build found no C++ compiler")
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every set that this processor has, in turns; one that does not exist where nothing native does."""
-    if request.param == "none":
-        yield request.param
-        return
-    with kernels.using_instruction_set(request.param):
-        yield request.param
 
 
 @needs_native

@@ -51,11 +51,13 @@ def test_tokens_and_logprobs_are_those_of_each_alone(variant: str, prefill: str)
         assert actual == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("prefill", ["window", "sequential"])
-def test_a_pool_of_barely_more_than_the_longest_finishes_everyone_in_order_of_rank(prefill: str) -> None:
+@pytest.mark.parametrize(("prefill", "num_prompt_rows"), [("window", None), ("window", 4), ("sequential", None)])
+def test_a_pool_of_barely_more_than_the_longest_finishes_everyone_in_order_of_rank(
+    prefill: str, num_prompt_rows: int | None
+) -> None:
     """50 requests that come to up to 60 tokens, on 16 blocks of 4: one long one at a time, or a few short ones."""
     model = tiny_model()
-    engine = make_engine(model, prefill=prefill, max_model_len=60, num_blocks=16)
+    engine = make_engine(model, prefill=prefill, num_prompt_rows=num_prompt_rows, max_model_len=60, num_blocks=16)
     rng = random.Random(2)
     requests = []
     for number in range(50):

@@ -120,6 +120,20 @@ def test_a_recurrence_that_does_not_contract_narrows_its_window_and_is_read_righ
     assert run(make_engine(model, window=64), [item]).token_ids == [oracle(model, item)]
 
 
+@pytest.mark.parametrize("num_prompts", [2, 4])
+def test_prompts_that_share_rows_narrow_their_windows_too(num_prompts: int) -> None:
+    """Each is given a part of the 16 rows, and soon takes one or two."""
+    model = non_contracting_model("layerwise")
+    engine = make_engine(model, window=16, num_prompt_rows=16, max_num_batched_tokens=64)
+    sequences = [engine.add(request(random_ids(120, seed), max_tokens=2))[0] for seed in range(num_prompts)]
+    num_rows = 0
+    while any(sequence.num_output_tokens == 0 for sequence in sequences):
+        num_rows += engine.step().stats.num_scheduled_tokens
+    assert all(sequence.window is not None and sequence.window.width <= 2 for sequence in sequences)
+    share = 16 // num_prompts
+    assert num_rows < num_prompts * (PERIOD * (share + share + 4 + 2) + 2 * 120)
+
+
 def test_a_recurrence_that_contracts_keeps_its_window() -> None:
     _, widths, _ = read_prompt(make_engine(contracting_model(), window=64, tolerance=1e-4), random_ids(120))
     assert set(widths) == {64}

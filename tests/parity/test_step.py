@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 
 import numpy as np
@@ -60,7 +61,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("tolerance", [0.0, 1.2, 9.0])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_native_and_torch_take_the_same_step(variant: str, tolerance: float) -> None:
+def test_native_and_torch_take_the_same_step(variant: str, tolerance: float, instruction_set: str) -> None:
     """Tolerances at which one row of a window settles, some do and all do."""
     model = tiny_model(tiny_config(**VARIANTS[variant]))
     theirs, step = filled_pool(model), make_step(model.config.vocab_size)
@@ -81,6 +82,34 @@ def test_native_and_torch_take_the_same_step(variant: str, tolerance: float) -> 
             assert expected.num_settled == list(WIDTHS)
     else:
         assert (expected.num_settled, expected.residuals) == (list(WIDTHS), [None] * len(WIDTHS))
+
+
+@needs_native
+@pytest.mark.parametrize("tolerance", [0.0, 9.0])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_a_step_in_bfloat16_is_that_of_the_same_weights_in_float32(
+    variant: str, tolerance: float, instruction_set: str
+) -> None:
+    """But for the rounding of keys and values, and of activations where the processor multiplies pairs of bfloat16."""
+    model = tiny_model(tiny_config(**VARIANTS[variant]))
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            weight.data = weight.data.bfloat16().float()
+    exact, step = filled_pool(model), make_step(model.config.vocab_size)
+    expected = run_step(model, step, exact, tolerance)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            weight.data = weight.data.bfloat16()
+    full = filled_pool(model)
+    pool = PagedPool(model.config, NUM_BLOCKS * BLOCK_SIZE, torch.bfloat16)
+    for own, other in ((pool.keys, full.keys), (pool.values, full.values), (pool.latents, full.latents)):
+        own.copy_(other)
+    actual = NativeModel(model, max_len=64).run_step(step, pool, tolerance)
+    assert (actual.num_settled, actual.is_finite) == (expected.num_settled, expected.is_finite)
+    for own, other in ((actual.hidden, expected.hidden), (pool.latents, exact.latents), (pool.keys, exact.keys)):
+        assert (own.float() - other).abs().mean() < 0.01
+        assert (own.float() - other).abs().max() < 0.15
 
 
 @pytest.mark.parametrize("native", [pytest.param(True, marks=needs_native), False])
@@ -116,6 +145,8 @@ def test_whose_states_are_no_numbers_is_told_alone(native: bool) -> None:
     result = NativeModel(model, max_len=64).run_step(step, pool, 0.0) if native else run_step(model, step, pool, 0.0)
     assert result.is_finite == [False, True, False, True, True]
     assert result.num_settled == [1] * len(WIDTHS)
+    assert result.residuals[2] is not None and math.isnan(result.residuals[2])
+    assert result.residuals[3] is not None and math.isfinite(result.residuals[3])
 
 
 @needs_native

@@ -18,6 +18,8 @@ from tests.helpers import random_ids, tiny_tokenizer
 from tests.proofs.scoring import engine_of, model_of
 
 CLIENTS = 12
+WARM = 50
+"""Requests of each client before anything is counted."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ async def _soak(count: int) -> Soak:
     engine = AsyncEngine(engine_of(model_of(torch.float32)), tiny_tokenizer())
     await engine.start()
     tracemalloc.start()
+    await asyncio.gather(*(_client(engine, iter(range(WARM))) for _ in range(CLIENTS)))
     rates, traced, resident, num_aborted = [], [], [], 0
     for part in range(10):
         started, numbers = time.monotonic(), iter(range(part * count // 10, (part + 1) * count // 10))

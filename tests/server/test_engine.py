@@ -209,6 +209,8 @@ def test_states_that_are_no_numbers_end_their_samples_and_are_not_kept(variant: 
         assert ended == {sequence: ("abort", NOT_FINITE, None) for sequence in samples}
         assert engine.blocks.num_free_blocks == engine.config.num_blocks
         assert engine.scheduler.totals.num_prefix_hits == 0, "nothing of it is found again"
+        pool = engine.runner.pool
+        assert all(bool(part.isfinite().all()) for part in (pool.keys, pool.values, pool.latents)), "nor read in passing"
 
 
 def test_invariants_are_checked_when_asked() -> None:

@@ -54,6 +54,9 @@ class TokenRunner:
         scoring = [self.score(window) for window in windows if not window.num_tokens]
         return [self.settle(window) for window in computing] + scoring
 
+    def check_invariants(self, sequences: SequenceABC[Sequence]) -> None:
+        """The ledger has checked what was written as it was written."""
+
     def score(self, window: ScheduledWindow) -> WindowResult:
         """Score what the prefix cache has settled."""
         sequence, first = window.sequence, len(window.sequence.prompt_logprobs)

@@ -88,6 +88,8 @@ def test_steps() -> None:
             num_settled_prompt_tokens=7,
             num_preemptions=1,
             num_recomputed_tokens=5,
+            num_prefix_queries=30,
+            num_prefix_hits=16,
             refinement_residuals=[1e-3, 2.0],
             refinement_passes=[4.5],
         )
@@ -99,6 +101,7 @@ def test_steps() -> None:
     assert found["lrt:latent_bytes"] == 0.3 * 160 * 128
     assert found["lrt:num_preemptions_total"] == 1
     assert found["lrt:recomputed_tokens_total"] == 5
+    assert (found["lrt:prefix_cache_queries_total"], found["lrt:prefix_cache_hits_total"]) == (30, 16)
     assert found["lrt:prompt_tokens_total"] == 7
     assert found["lrt:iteration_tokens_total_sum"] == 40
     assert found["lrt:engine_step_seconds_bucket[le=0.0025]"] == 0

@@ -110,6 +110,28 @@ def test_dead_engine_ends_it_with_status_1(checkpoint: Path) -> None:
             process.kill()
 
 
+def test_without_native_kernels_torch_serves_and_the_start_says_so(checkpoint: Path) -> None:
+    script = (
+        "import sys, lrt_core.kernels as k\n"
+        "k._library = None  # as where the package's build found no compiler\n"
+        "import server.__main__ as m\n"
+        "sys.exit(m.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", script, str(checkpoint), "--port", "0", "--served-model-name", "tiny"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            assert "; float32, torch kernels; " in line
+            body = {"model": "tiny", "prompt": "a", "max_tokens": 3, "ignore_eos": True}
+            response = httpx.post(line.split()[-1] + "/v1/completions", json=body, timeout=30)
+            assert (response.status_code, response.json()["usage"]["completion_tokens"]) == (200, 3)
+            process.terminate()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
 def test_a_signal_while_loading_ends_it_cleanly(checkpoint: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
