@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import time
 import tracemalloc
@@ -50,6 +51,7 @@ async def _soak(count: int) -> Soak:
         started, numbers = time.monotonic(), iter(range(part * count // 10, (part + 1) * count // 10))
         num_aborted += sum(await asyncio.gather(*(_client(engine, numbers) for _ in range(CLIENTS))))
         rates.append(_size(part, count) / (time.monotonic() - started))
+        gc.collect()  # Python's own lists of freed tuples count as memory in use until then
         traced.append(tracemalloc.get_traced_memory()[0])
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
     tracemalloc.stop()
