@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,3 +63,17 @@ def test_together_as_alone(variant: str, sampling: dict[str, Any]) -> None:
         [[outcome]] = run(lone, [item]).outcomes
         assert [token for token, _ in entries] == outcome.token_ids, number
         assert [logprob for _, logprob in entries] == pytest.approx([t.logprob for t in outcome.tokens], abs=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.2}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02}])
+def test_tokens_are_the_same_drawn_by_the_step_and_from_logits_that_somebody_wants(sampling: dict[str, Any]) -> None:
+    """A request that wants no logprobs, alone, beside others that do for a while, and wanting them itself."""
+    model, sampling = contracting_model("layerwise"), {"seed": 11, **sampling}
+    plain = request(random_ids(20), 24, **sampling)
+    [alone] = run(make_engine(model), [plain]).token_ids
+    beside = [request(random_ids(5, seed), 3 + 4 * seed, logprobs=1, temperature=1.0, seed=seed) for seed in range(3)]
+    assert run(make_engine(model), [plain, *beside]).token_ids[0] == alone
+    [scored] = run(make_engine(model), [replace(plain, logprobs=0)]).token_ids
+    assert scored == alone
+    [several] = run(make_engine(model), [replace(plain, n=3)]).outcomes
+    assert several[0].token_ids == alone, "the first of several samples has the request's own seed"

@@ -11,7 +11,7 @@ import torch
 
 from lrt_core import kernels
 from lrt_core.model import LatentRecurrentTransformer
-from lrt_core.native_model import NativeModel
+from lrt_core.native_model import NativeModel, Quantization
 from lrt_core.paged import PagedPool
 from lrt_core.sampling import SampleRow, sample
 from lrt_core.sampling_params import SamplingParams
@@ -110,6 +110,24 @@ def test_a_step_in_bfloat16_is_that_of_the_same_weights_in_float32(
     for own, other in ((actual.hidden, expected.hidden), (pool.latents, exact.latents), (pool.keys, exact.keys)):
         assert (own.float() - other).abs().mean() < 0.01
         assert (own.float() - other).abs().max() < 0.15
+
+
+@needs_native
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@torch.no_grad()
+def test_a_workspace_is_as_good_for_fewer_rows(quantize: Quantization, instruction_set: str) -> None:
+    """24 numbers a row, so that operands are padded; bit-equal after a larger step and after one of no numbers at all."""
+    model = tiny_model(tiny_config(hidden_size=24, num_heads=2, num_kv_heads=1))
+    used, step = NativeModel(model, 64, quantize), make_step(model.config.vocab_size)
+    small = PagedStep(step.tokens[:2], step.sequences[:12], step.tables, BLOCK_SIZE)
+    expected = NativeModel(model, 64, quantize).run_step(small, filled_pool(model), 0.0)
+    broken = filled_pool(model)
+    broken.values.fill_(torch.nan)
+    for larger in (filled_pool(model), broken):
+        used.run_step(step, larger, 9.0)
+        pool = filled_pool(model)
+        actual = used.run_step(small, pool, 0.0)
+        assert torch.equal(actual.hidden, expected.hidden) and actual.is_finite == [True, True]
 
 
 @pytest.mark.parametrize("native", [pytest.param(True, marks=needs_native), False])
