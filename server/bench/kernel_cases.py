@@ -16,8 +16,9 @@ import torch
 
 from lrt_core import kernels
 from lrt_core.kernels.attention import gathered_attention, paged_attention
-from lrt_core.kernels.plan import READ_AHEAD, PackedMatrix
+from lrt_core.kernels.plan import READ_AHEAD, PackedMatrix, quantize_rows
 from lrt_core.kernels.products import apply, apply_twin
+from lrt_core.kernels.sampling import Draws, draw, draw_twin, top_logprobs, top_logprobs_twin
 from server.bench.shapes import D12
 
 WIDTHS = (1, 4, 16, 128)
@@ -60,6 +61,10 @@ def cases(dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
         yield from (_rope_norm(width, dtype) for width in WIDTHS)
         yield from (_product(width, dtype) for width in WIDTHS)
         yield from (_paged_attention(*context, dtype) for context in CONTEXTS)
+    if torch.float32 in dtypes:
+        yield from (_int8_product(width) for width in WIDTHS)
+        yield from (_draw(width) for width in WIDTHS[:3])
+        yield from (_top_logprobs(width) for width in WIDTHS[:3])
 
 
 def _product(num_rows: int, dtype: torch.dtype) -> Case:
@@ -72,6 +77,48 @@ def _product(num_rows: int, dtype: torch.dtype) -> Case:
         return Operation(lambda: apply(matrix, x), lambda: apply_twin(weight, x), matrix.nbytes, flops)
 
     return Case("product", f"[{num_rows}, {D12.hidden_size}] x {D12.intermediate_size}", dtype, make, is_cold=True)
+
+
+def _int8_product(num_rows: int) -> Case:
+    """The same with int8 weights; its twin multiplies by the rounded ones in float32."""
+
+    def make() -> Operation:
+        weight = torch.randn(D12.intermediate_size, D12.hidden_size) * D12.hidden_size**-0.5
+        numbers, scales = quantize_rows(weight)
+        x, matrix, rounded = (
+            torch.randn(num_rows, D12.hidden_size),
+            PackedMatrix(weight, quantize=True),
+            numbers * scales[:, None],
+        )
+        flops = 2 * num_rows * weight.numel()
+        return Operation(lambda: apply(matrix, x), lambda: apply_twin(rounded, x), matrix.nbytes, flops)
+
+    return Case("int8 product", f"[{num_rows}, {D12.hidden_size}] x {D12.intermediate_size}", torch.float32, make, is_cold=True)
+
+
+def _draw(num_rows: int) -> Case:
+    """A token from each row of logits [R, V], at temperature 1 and top_p 0.9."""
+
+    def make() -> Operation:
+        logits = 3 * torch.randn(num_rows, D12.vocab_size)
+        ones, zeros = [1.0] * num_rows, [0.0] * num_rows
+        draws = Draws(ones, [0] * num_rows, [0.9] * num_rows, zeros, [0.5] * num_rows)
+        return Operation(lambda: draw(logits, draws), lambda: draw_twin(logits, draws), logits.nbytes, 4 * logits.numel())
+
+    return Case("draw", f"[{num_rows}, {D12.vocab_size}]", torch.float32, make, is_cold=False)
+
+
+def _top_logprobs(num_rows: int) -> Case:
+    """Of one id and the 5 likeliest of each row of logits [R, V]."""
+
+    def make() -> Operation:
+        logits, ids = 3 * torch.randn(num_rows, D12.vocab_size), torch.zeros(num_rows, dtype=torch.int64)
+        operands = (logits, ids, 5)
+        return Operation(
+            lambda: top_logprobs(*operands)[1], lambda: top_logprobs_twin(*operands)[1], logits.nbytes, 3 * logits.numel()
+        )
+
+    return Case("top_logprobs", f"[{num_rows}, {D12.vocab_size}]", torch.float32, make, is_cold=False)
 
 
 def _norm(num_tokens: int, dtype: torch.dtype) -> Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 try:
     from tqdm import tqdm
-except ImportError:  # the bar is a convenience; `pip install lrt-server[bench]` brings it
+except ImportError:  # a bar is a convenience, `pip install lrt-server[bench]` brings it; without it numbers count up
     tqdm = None  # type: ignore[assignment,misc]
 
 
@@ -24,9 +25,14 @@ class Work:
 
 @contextmanager
 def progress(total: int, label: str) -> Iterator[Callable[[], object]]:
-    """A bar on stderr, where that is a terminal and tqdm is installed; the block calls what it gets after every step."""
-    if tqdm is None or not sys.stderr.isatty():
+    """A bar on stderr, where that is a terminal (a count without tqdm); the block calls what it gets after every step."""
+    if not sys.stderr.isatty():
         yield lambda: None
+        return
+    if tqdm is None:
+        steps = itertools.count(1)
+        yield lambda: print(f"\r{label}: {next(steps)}/{total}", end="", file=sys.stderr, flush=True)
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         return
     with tqdm(total=total, desc=label, leave=False, dynamic_ncols=True) as bar:
         yield bar.update

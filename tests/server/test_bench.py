@@ -19,7 +19,7 @@ from lrt_core.checkpoint import load_config, load_model, load_tokenizer
 from lrt_core.config import ModelConfig, RecurrenceConfig
 from lrt_core.model import LatentRecurrentTransformer
 from server.bench import kernels as bench_kernels
-from server.bench import limits, offline, plots, scheduler, shapes
+from server.bench import limits, offline, plots, repeat, scheduler, shapes
 from server.bench.__main__ import main
 from server.bench.checkpoint import bench_tokenizer
 from server.bench.cost import cost_of
@@ -152,7 +152,17 @@ def test_a_kernel_s_case_gives_both_the_same_work(case: Case) -> None:
     operation = case.make()
     native, twin = operation.native(), operation.twin()
     assert isinstance(native, torch.Tensor) and isinstance(twin, torch.Tensor)
-    assert (native - twin).abs().max() < 1e-4 and operation.bytes > native.nbytes
+    tolerance = 1e-3 if "int8" in case.name else 1e-4  # activations in 16 bits where the processor multiplies bytes
+    assert (native - twin).abs().max() < tolerance and operation.bytes > native.nbytes
+
+
+def test_without_tqdm_a_terminal_sees_a_count(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(repeat, "tqdm", None)
+    for is_terminal, expected in ((True, "\rturns: 1/2\rturns: 2/2\r\x1b[K"), (False, "")):
+        monkeypatch.setattr(repeat.sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal, raising=False)
+        with repeat.progress(2, "turns") as advance:
+            advance(), advance()
+        assert capsys.readouterr().err == expected
 
 
 def test_cold_cases_walk_through_more_than_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
