@@ -132,8 +132,8 @@ class ModelRunner:
         ready = [(i, drawn) for i, result in enumerate(results) if _is_ready(result) for drawn in _drawn_from(result)]
         for start, end in self._chunks(0, len(ready)):
             chunk = ready[start:end]
-            rows = [offsets[i + 1] - 1 for i, _ in chunk]
-            logits = self.model.logits(_select(hidden, rows))
+            rows = torch.tensor([offsets[i + 1] - 1 for i, _ in chunk], device=hidden.device)
+            logits = self.model.logits(hidden.index_select(0, rows))
             ids = sample(logits, [_sample_row(sequence) for _, sequence in chunk])
             entries = _token_logprobs(logits, ids, [sequence.request.logprobs for _, sequence in chunk])
             for (i, _), entry in zip(chunk, entries, strict=True):
@@ -189,13 +189,6 @@ class ModelRunner:
         for source, target in copies:
             for storage in (*self.pool.keys, *self.pool.values, self.pool.latents):
                 storage[target * size : (target + 1) * size] = storage[source * size : (source + 1) * size]
-
-
-def _select(hidden: Tensor, rows: list[int]) -> Tensor:
-    """Some rows of hidden states [R, D]."""
-    if len(rows) == hidden.shape[0] and rows[-1] == len(rows) - 1 and rows == list(range(len(rows))):
-        return hidden
-    return hidden.index_select(0, torch.tensor(rows, device=hidden.device))
 
 
 def _settled_parts(offsets: list[int], results: list[WindowResult], hidden: Tensor) -> list[Scoring]:
