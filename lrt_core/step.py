@@ -107,7 +107,8 @@ class StepResult:
 
 @torch.inference_mode()
 def run_step(model: LatentRecurrentTransformer, step: PagedStep, pool: PagedPool, tolerance: float) -> StepResult:
-    """Compute the step by torch, but for its draws. tolerance: relative change up to which a memory has settled."""
+    """Compute the step by torch, which draws no tokens. tolerance: relative change up to which a memory has settled."""
+    assert step.draws is None, "only the native step draws"
     layout = step.lay_out(pool.zero_row)
     tokens, positions, slots, memory_rows = torch.from_numpy(layout.rows).to(pool.keys.device)
     kv = PagedKV(pool, slots, *_groups(layout, pool.keys.device))
