@@ -159,7 +159,7 @@ class Connection:
             try:
                 content = chunks.feed(data)
             except ValueError:
-                raise HttpError("the answer's chunks are none") from None
+                raise HttpError("the answer's body is not in chunks, as its head says") from None
             if content:
                 yield content
             if chunks.is_complete:

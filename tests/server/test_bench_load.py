@@ -136,7 +136,7 @@ class answering:
         (b"SSH-2.0-OpenSSH\r\n", "closed the connection without an answer"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabc", "closed"),
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n", "in the middle of an answer"),
-        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabcde\r\n", "chunks are none"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabcde\r\n", "not in chunks"),
     ],
 )
 def test_what_is_no_http_is_an_error(answer: bytes, message: str) -> None:
