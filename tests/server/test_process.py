@@ -90,46 +90,40 @@ def test_second_signal_ends_it_at_once(checkpoint: Path) -> None:
         assert not reader.is_alive()
 
 
-def test_dead_engine_ends_it_with_status_1(checkpoint: Path) -> None:
-    script = (
-        "import sys, server.engine.model_runner as r, server.__main__ as m\n"
-        "def explode(*_): raise RuntimeError('secret')\n"
-        "r.ModelRunner.execute = explode\n"
-        "sys.exit(m.main(sys.argv[1:]))\n"
-    )
-    command = [sys.executable, "-c", script, str(checkpoint), "--port", "0", "--served-model-name", "tiny"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            url = process.stderr.readline().split()[-1]
-            response = httpx.post(url + "/v1/completions", json={"model": "tiny", "prompt": "a"}, timeout=30)
-            assert response.status_code == 500 and "secret" not in response.text
-            assert httpx.get(url + "/health").status_code == 503
-            assert process.wait(20) == 1
-        finally:
-            process.kill()
-
-
-def test_without_native_kernels_torch_serves_and_the_start_says_so(checkpoint: Path) -> None:
-    script = (
-        "import sys, lrt_core.kernels as k\n"
-        "k._library = None  # as where the package's build found no compiler\n"
-        "import server.__main__ as m\n"
-        "sys.exit(m.main(sys.argv[1:]))\n"
-    )
+@contextmanager
+def altered(checkpoint: Path, change: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """A server of this program with a change made first, as source text; yields process, start line and URL."""
+    script = f"import sys\n{change}\nfrom server.__main__ import main\nsys.exit(main(sys.argv[1:]))\n"
     command = [sys.executable, "-c", script, str(checkpoint), "--port", "0", "--served-model-name", "tiny"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
             line = process.stderr.readline()
-            assert "; float32, torch kernels; " in line
-            body = {"model": "tiny", "prompt": "a", "max_tokens": 3, "ignore_eos": True}
-            response = httpx.post(line.split()[-1] + "/v1/completions", json=body, timeout=30)
-            assert (response.status_code, response.json()["usage"]["completion_tokens"]) == (200, 3)
-            process.terminate()
-            assert process.wait(20) == 0
+            yield process, line, line.split()[-1]
         finally:
             process.kill()
+
+
+def test_dead_engine_ends_it_with_status_1(checkpoint: Path) -> None:
+    change = (
+        "def explode(*_): raise RuntimeError('secret')\nimport server.engine.model_runner as r\nr.ModelRunner.execute = explode"
+    )
+    with altered(checkpoint, change) as (process, _, url):
+        response = httpx.post(url + "/v1/completions", json={"model": "tiny", "prompt": "a"}, timeout=30)
+        assert response.status_code == 500 and "secret" not in response.text
+        assert httpx.get(url + "/health").status_code == 503
+        assert process.wait(20) == 1
+
+
+def test_without_native_kernels_torch_serves_and_the_start_says_so(checkpoint: Path) -> None:
+    """As where the package's build found no compiler."""
+    with altered(checkpoint, "import lrt_core.kernels as k\nk._library = None") as (process, line, url):
+        assert "; float32, torch kernels; " in line
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 3, "ignore_eos": True}
+        response = httpx.post(url + "/v1/completions", json=body, timeout=30)
+        assert (response.status_code, response.json()["usage"]["completion_tokens"]) == (200, 3)
+        process.terminate()
+        assert process.wait(20) == 0
 
 
 def test_a_signal_while_loading_ends_it_cleanly(checkpoint: Path) -> None:
