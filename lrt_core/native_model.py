@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lrt_core import kernels
 from lrt_core.config import ModelConfig
 from lrt_core.fused import FusedInputProjections
+from lrt_core.kernels.packing import PackedMatrix
 from lrt_core.kernels.plan import (
     KINDS,
     MOST_QUERIES,
@@ -26,7 +27,6 @@ from lrt_core.kernels.plan import (
     MatrixStruct,
     ModelStruct,
     OutcomeStruct,
-    PackedMatrix,
     PoolStruct,
     StepStruct,
     pointer,

@@ -21,7 +21,7 @@ from torch import Tensor
 from lrt_core.kernels.plan import declare
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_VERSION = 7
+_VERSION = 8
 """Of the library's functions; raised with every change of one, so that a library from an older build is not called."""
 _EPS = torch.finfo(torch.float32).eps
 """Of every norm, in bfloat16 too."""
@@ -73,6 +73,11 @@ def instruction_set() -> str:
     """Which of its instruction sets the native step uses here."""
     name: bytes = library().lrt_instruction_set()
     return name.decode()
+
+
+def has_pairs() -> bool:
+    """Whether it multiplies pairs of whole numbers of 16 bits, and bfloat16 weights had best be held as such."""
+    return bool(library().lrt_has_pairs())
 
 
 def instruction_sets() -> list[str]:

@@ -11,7 +11,7 @@ INLINE void embed_token(const Model& m, const T* embedding, int64_t token, float
 // The row's memory as an operand of the coming products.
 INLINE void set_memory(const Matrix& projection, const Workspace& w, int64_t row, const float* memory, int64_t size) {
     set_row(w.memory, row, memory, 1.0f, size);
-    if (projection.kind == kInt8) w.memory.quantize(row);
+    if (is_whole(projection.kind)) w.memory.quantize(row, projection.kind);
 }
 
 // Where every row's keys, values and latent go, and where its memory comes from: its predecessor's latent, if that has been

@@ -9,13 +9,18 @@
 
 namespace lrt {
 
-enum Kind : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+enum Kind : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt16 = 3 };
 
 // Outputs of one packed tile; `plan.py` lays weights out in tiles of this width.
 constexpr int64_t kTile = 16;
 
+// Whole numbers of 16 bits are multiplied exactly in 32 over so many k at a time: 13 bits of a weight and what of an activation
+// then cannot come to more. `packing.py` has the same number.
+constexpr int64_t kMostWeight = 8191, kSpan = 128;
+
 // A weight [n, k] in tiles of 16 outputs, zero-padded to multiples of 16 both ways: float32 [n/16][k][16],
-// bfloat16 [n/16][k/2][16][2], int8 [n/16][k/4][16][4] with one scale per output and -128 times the sum of its weights.
+// bfloat16 and int16 [n/16][k/2][16][2], int8 [n/16][k/4][16][4]. Whole numbers have one scale per output, int8 also -128 times
+// the sum of an output's weights. Those of 16 bits reach from -kMostWeight to kMostWeight.
 struct Matrix {
     const void* data;
     const float* scales;

@@ -1,6 +1,6 @@
-"""The native step's structs as ctypes, and weights laid out the way it reads them. `plan.h` has the same structs in C++.
+"""The native step's structs as ctypes. `plan.h` has the same in C++.
 
-Neighbours: `step.cpp` is the native side, `lrt_core/native_model.py` fills a plan from a model.
+Neighbours: `step.cpp` is the native side, `packing.py` lays weights out, `lrt_core/native_model.py` fills a plan from a model.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from lrt_core.kernels.pages import copy_to_large_pages
-
 TILE = 16
 """Outputs of one packed tile."""
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int16: 3}
 MOST_QUERIES = 16
 """Query heads of one key/value head that native attention takes."""
 PARTIAL_SIZE = 2**21
@@ -114,45 +112,6 @@ class OutcomeStruct(Structure):
     _fields_ = tuple((name, c_void_p) for name in ("num_settled", "residuals", "is_finite", "hidden", "ids", "logits"))
 
 
-def padded(size: int) -> int:
-    """The next multiple of the tile."""
-    return -(-size // TILE) * TILE
-
-
-class PackedMatrix:
-    """A weight [n, k] (float32, bfloat16, or int8 with a scale per output) in tiles; `struct` is what native code takes."""
-
-    def __init__(self, weight: Tensor, quantize: bool = False) -> None:
-        n, k = weight.shape
-        scales: Tensor | None = None
-        if quantize:
-            weight, scales = quantize_rows(weight)
-        depth = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}[weight.dtype]
-        full = torch.zeros(padded(n), padded(k), dtype=weight.dtype)
-        full[:n, :k] = weight
-        tiles = full.view(padded(n) // TILE, TILE, padded(k) // depth, depth).permute(0, 2, 1, 3)
-        self.data = copy_to_large_pages(tiles)
-        # Native code reads an int8 number as the top byte of a 32-bit one, 2^24 times too large.
-        self.scales = None if scales is None else torch.cat([scales * 2.0**-24, torch.zeros(padded(n) - n)]).contiguous()
-        self.n, self.k = n, k
-        # Where native code multiplies bytes, those of activations count 128 too much in their upper half.
-        self.offsets = None if scales is None else -128 * full.sum(dim=1, dtype=torch.int32)
-        pointers = self.data.data_ptr(), pointer(self.scales), pointer(self.offsets)
-        self.struct = MatrixStruct(*pointers, n, k, KINDS[weight.dtype])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that one use of the matrix reads."""
-        return self.data.nbytes + sum(part.nbytes for part in (self.scales, self.offsets) if part is not None)
-
-
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [n, k] and float32 scales [n] with weight ~ scales * int8: symmetric, the largest of each row at 127."""
-    wide = weight.float()
-    scales = wide.abs().amax(dim=1).clamp_min(1e-30) / 127
-    return (wide / scales.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8), scales
-
-
 def pointer(tensor: Tensor | None) -> int | None:
     """Address of a contiguous tensor's data, None for None."""
     assert tensor is None or tensor.is_contiguous()
@@ -164,6 +123,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.lrt_instruction_set.restype = library.lrt_available_set.restype = ctypes.c_char_p
     library.lrt_available_set.argtypes = library.lrt_use_set.argtypes = (c_int64,)
     library.lrt_use_set.restype = None
+    library.lrt_has_pairs.restype, library.lrt_has_pairs.argtypes = c_int32, ()
     library.lrt_workspace_size.restype = c_int64
     library.lrt_workspace_size.argtypes = (POINTER(ModelStruct), c_int64, c_int64)
     library.lrt_forward.argtypes = (

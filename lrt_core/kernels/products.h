@@ -4,109 +4,180 @@
 // and in any batch. Included once per instruction set by `step.cpp`.
 
 constexpr int kVectorsPerTile = kTile / LANES;
+constexpr bool kHasPairs = PAIRS;
 
-// acc[r][c] += the product of rows a[r] with the tiles at w + t * tile_bytes, of which vector c is part c % kVectorsPerTile of
-// tile c / kVectorsPerTile.
-template <int kRows, int kTiles>
-INLINE void accumulate(const float* w, int64_t tile_size, const float* a, int64_t stride, int64_t depth,
-                       VF (&acc)[kRows][kTiles * kVectorsPerTile]) {
-    constexpr int kVectors = kTiles * kVectorsPerTile;
-    for (int64_t k = 0; k < depth; ++k) {
-        VF weights[kVectors];
-#pragma GCC unroll 16
-        for (int c = 0; c < kVectors; ++c) {
-            weights[c] = load<VF>(w + (c / kVectorsPerTile) * tile_size + k * kTile + (c % kVectorsPerTile) * LANES);
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-            const VF x = splat(a[r * stride + k]);
-#pragma GCC unroll 16
-            for (int c = 0; c < kVectors; ++c) acc[r][c] += x * weights[c];
-        }
+// Weights that other blocks of rows leave to this one to fetch, `step` bytes at every move of a cursor: memory is then as busy
+// while rows meet tiles that are there as while it is waited for.
+struct Ahead {
+    const char* at;
+    int64_t step;
+};
+
+// Where a block of rows and tiles stands in k: it moves by 128 bytes of every tile, which are kMove numbers of each row. Four
+// rows go by one pointer, and it is kept from the compiler that the pointers could be computed from each other: by its own
+// choice it adds so many numbers that these, and not the products, take the time.
+template <int kRows, int kTiles, typename W, typename X>
+struct Cursor {
+    static constexpr int kMove = 128 / (kTile * static_cast<int>(sizeof(W)));
+    static constexpr int kFours = (kRows + 3) / 4;
+    const X* fours[kFours];
+    const W* tiles[kTiles];
+    int64_t stride;
+    Ahead ahead;
+
+    // Row 0 at `x`, tile 0 at `w`.
+    INLINE Cursor(const W* w, int64_t tile_size, const X* x, int64_t stride, const Ahead& ahead) : stride(stride), ahead(ahead) {
+        for (int i = 0; i < kFours; ++i) fours[i] = x + 4 * i * stride;
+        for (int i = 0; i < kTiles; ++i) tiles[i] = w + i * tile_size;
     }
-}
 
+    INLINE const X* row(int r) const { return fours[r / 4] + (r % 4) * stride; }
+
+    // Vector c of all tiles, of the part of 64 bytes a tile.
+    template <typename V>
+    INLINE V weights(int c, int part) const {
+        const char* const start = reinterpret_cast<const char*>(tiles[c / kVectorsPerTile]);
+        return load<V>(start + 64 * part + c % kVectorsPerTile * 4 * LANES);
+    }
+
+    // numbers: of X in kMove of a row. With several rows arithmetic holds the loads back too long for the processor's own
+    // prefetching.
+    INLINE void move(int numbers) {
+        if (kRows > 1) {
+#pragma GCC unroll 16
+            for (int i = 0; i < kTiles; ++i) {
+                const char* const start = reinterpret_cast<const char*>(tiles[i]);
+                __builtin_prefetch(start + 2048);
+                __builtin_prefetch(start + 2048 + 64);
+                __builtin_prefetch(ahead.at + 64 * i, 0, 2);
+            }
+            ahead.at += ahead.step;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kFours; ++i) {
+            fours[i] += numbers;
+            asm("" : "+r"(fours[i]));
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kTiles; ++i) tiles[i] += 128 / sizeof(W);
+    }
+};
+
+// acc[r][c] += the product of row r's numbers with vector c of the tiles' outputs, over `depth` k.
 template <int kRows, int kTiles>
-INLINE void accumulate(const uint16_t* w, int64_t tile_size, const float* a, int64_t stride, int64_t depth,
-                       VF (&acc)[kRows][kTiles * kVectorsPerTile]) {
+INLINE void accumulate(Cursor<kRows, kTiles, float, float> at, int64_t depth, VF (&acc)[kRows][kTiles * kVectorsPerTile]) {
     constexpr int kVectors = kTiles * kVectorsPerTile;
-    for (int64_t k = 0; k < depth; k += 2) {
-        // With several rows arithmetic holds the loads back too long for the processor's own prefetching (a seventh at 4 rows).
-        for (int t = 0; t < (kRows > 1 ? kTiles : 0); ++t) __builtin_prefetch(w + t * tile_size + k * kTile + 64 * kTile);
+    for (int64_t k = 0; k < depth; k += at.kMove) {
 #pragma GCC unroll 2
         for (int part = 0; part < 2; ++part) {
             VF weights[kVectors];
 #pragma GCC unroll 16
-            for (int c = 0; c < kVectors; ++c) {
-                const VU raw =
-                    load<VU>(w + (c / kVectorsPerTile) * tile_size + k * kTile + (c % kVectorsPerTile) * 2 * LANES);
-                weights[c] = part == 0 ? (VF)(raw << 16) : (VF)(raw & 0xffff0000u);
-            }
+            for (int c = 0; c < kVectors; ++c) weights[c] = at.template weights<VF>(c, part);
 #pragma GCC unroll 16
             for (int r = 0; r < kRows; ++r) {
-                const VF x = splat(a[r * stride + k + part]);
+                const VF x = splat(at.row(r)[part]);
 #pragma GCC unroll 16
                 for (int c = 0; c < kVectors; ++c) acc[r][c] += x * weights[c];
             }
         }
+        at.move(at.kMove);
+    }
+}
+
+template <int kRows, int kTiles>
+INLINE void accumulate(Cursor<kRows, kTiles, uint16_t, float> at, int64_t depth, VF (&acc)[kRows][kTiles * kVectorsPerTile]) {
+    constexpr int kVectors = kTiles * kVectorsPerTile;
+    for (int64_t k = 0; k < depth; k += at.kMove) {
+#pragma GCC unroll 1
+        for (int part = 0; part < 2; ++part) {
+#pragma GCC unroll 2
+            for (int number = 0; number < 2; ++number) {
+                VF weights[kVectors];
+#pragma GCC unroll 16
+                for (int c = 0; c < kVectors; ++c) {
+                    const VU raw = at.template weights<VU>(c, part);
+                    weights[c] = number == 0 ? (VF)(raw << 16) : (VF)(raw & 0xffff0000u);
+                }
+#pragma GCC unroll 16
+                for (int r = 0; r < kRows; ++r) {
+                    const VF x = splat(at.row(r)[2 * part + number]);
+#pragma GCC unroll 16
+                    for (int c = 0; c < kVectors; ++c) acc[r][c] += x * weights[c];
+                }
+            }
+        }
+        at.move(at.kMove);
     }
 }
 
 // The weights count 2^24 times too much here; the scales make up for it.
 template <int kRows, int kTiles>
-INLINE void accumulate(const int8_t* w, int64_t tile_size, const float* a, int64_t stride, int64_t depth,
-                       VF (&acc)[kRows][kTiles * kVectorsPerTile]) {
+INLINE void accumulate(Cursor<kRows, kTiles, int8_t, float> at, int64_t depth, VF (&acc)[kRows][kTiles * kVectorsPerTile]) {
     constexpr int kVectors = kTiles * kVectorsPerTile;
-    for (int64_t k = 0; k < depth; k += 4) {
+    for (int64_t k = 0; k < depth; k += at.kMove) {
+#pragma GCC unroll 1
+        for (int part = 0; part < 2; ++part) {
 #pragma GCC unroll 4
-        for (int part = 0; part < 4; ++part) {
-            VF weights[kVectors];
+            for (int number = 0; number < 4; ++number) {
+                VF weights[kVectors];
 #pragma GCC unroll 16
-            for (int c = 0; c < kVectors; ++c) {
-                const VU raw =
-                    load<VU>(w + (c / kVectorsPerTile) * tile_size + k * kTile + (c % kVectorsPerTile) * 4 * LANES);
-                const VU top = part == 3 ? raw & 0xff000000u : part == 0 ? raw << 24 : (raw << (24 - 8 * part)) & 0xff000000u;
-                weights[c] = __builtin_convertvector((VI)top, VF);
-            }
+                for (int c = 0; c < kVectors; ++c) {
+                    const VU raw = at.template weights<VU>(c, part);
+                    const VU top = number == 3 ? raw & 0xff000000u : number == 0 ? raw << 24 : (raw << (24 - 8 * number)) & 0xff000000u;
+                    weights[c] = __builtin_convertvector((VI)top, VF);
+                }
 #pragma GCC unroll 16
-            for (int r = 0; r < kRows; ++r) {
-                const VF x = splat(a[r * stride + k + part]);
+                for (int r = 0; r < kRows; ++r) {
+                    const VF x = splat(at.row(r)[4 * part + number]);
 #pragma GCC unroll 16
-                for (int c = 0; c < kVectors; ++c) acc[r][c] += x * weights[c];
+                    for (int c = 0; c < kVectors; ++c) acc[r][c] += x * weights[c];
+                }
             }
         }
+        at.move(at.kMove);
     }
+}
+
+INLINE int32_t load_lane(const void* p) {
+    int32_t lane;
+    __builtin_memcpy(&lane, p, sizeof lane);
+    return lane;
 }
 
 #if BF16_DOT
 template <int kRows, int kTiles>
-INLINE void accumulate(const uint16_t* w, int64_t tile_size, const uint16_t* a, int64_t stride, int64_t depth,
-                       VF (&acc)[kRows][kTiles * kVectorsPerTile]) {
-    for (int64_t k = 0; k < depth; k += 2) {
-        __m512bh weights[kTiles];
+INLINE void accumulate(Cursor<kRows, kTiles, uint16_t, uint16_t> at, int64_t depth, VF (&acc)[kRows][kTiles * kVectorsPerTile]) {
+    for (int64_t k = 0; k < depth; k += at.kMove) {
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; ++part) {
+            __m512bh weights[kTiles];
 #pragma GCC unroll 16
-        for (int c = 0; c < kTiles; ++c) weights[c] = (__m512bh)_mm512_loadu_si512(w + c * tile_size + k * kTile);
+            for (int c = 0; c < kTiles; ++c) weights[c] = (__m512bh)at.template weights<__m512i>(c, part);
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-            int32_t pair;
-            __builtin_memcpy(&pair, a + r * stride + k, sizeof pair);
-            const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+            for (int r = 0; r < kRows; ++r) {
+                const __m512bh x = (__m512bh)_mm512_set1_epi32(load_lane(at.row(r) + 2 * part));
 #pragma GCC unroll 16
-            for (int c = 0; c < kTiles; ++c) acc[r][c] = (VF)_mm512_dpbf16_ps((__m512)acc[r][c], x, weights[c]);
+                for (int c = 0; c < kTiles; ++c) acc[r][c] = (VF)_mm512_dpbf16_ps((__m512)acc[r][c], x, weights[c]);
+            }
         }
+        at.move(at.kMove);
     }
 }
 #endif
 
+// Weights of these kinds are multiplied in whole numbers.
+INLINE bool is_whole(int32_t kind) { return (VNNI && kind == kInt8) || (PAIRS && kind == kInt16); }
+
 // Rows of activations [rows, stride], the numbers behind the last column zero: in float32, and where the processor multiplies
-// pairs of bfloat16 in that type too, for bfloat16 weights; where it multiplies bytes, rows that meet int8 weights are taken
-// apart by `quantize`.
+// pairs of bfloat16 in that type too, for bfloat16 weights; rows that meet weights in whole numbers become such by `quantize`.
 struct Activation {
     float* wide;
     uint16_t* pairs;
-    uint8_t* bytes;  // of 32768 + x / step: four numbers' upper ones, then their lower ones; rows 2 * stride apart
+    uint8_t* bytes;  // of 32768 + x / step: four numbers' upper ones, then their lower ones; or x / step; rows 2 * stride apart
     float* steps;    // one of each row
     int64_t stride;
+
+    INLINE int16_t* numbers() const { return reinterpret_cast<int16_t*>(bytes); }
 
     INLINE void set(int64_t row, int64_t column, VF x) const {
         store(wide + row * stride + column, x);
@@ -122,9 +193,15 @@ struct Activation {
 #endif
     }
 
-    // A row that is complete in 16 bits of its own scale: two products of bytes, exact in integers, then cost less than one in
-    // float32 and stray from it by a hundred-thousandth. What is not finite makes the step so.
-    INLINE void quantize(int64_t row) const {
+    // A row that is complete, for weights of that kind. What is not finite makes the row's step so.
+    INLINE void quantize(int64_t row, int32_t kind) const {
+        if (kind == kInt8) return to_bytes(row);
+        to_numbers(row);
+    }
+
+    // In 16 bits of the row's own scale: two products of bytes, exact in integers, then cost less than one in float32 and stray
+    // from it by a hundred-thousandth.
+    INLINE void to_bytes(int64_t row) const {
 #if VNNI
         const float* const x = wide + row * stride;
         VF most = {}, poison = {};
@@ -148,11 +225,44 @@ struct Activation {
         (void)row;
 #endif
     }
+
+    // In as many bits as 16 have and as keep every sum over kSpan numbers within 32.
+    INLINE void to_numbers(int64_t row) const {
+#if PAIRS
+        const float* const x = wide + row * stride;
+        VF most = {}, poison = {};
+        float most_of_span = 0.0f;
+        for (int64_t start = 0; start < stride; start += kSpan) {
+            VF sum = {};
+            for (int64_t i = start; i < stride && i < start + kSpan; i += LANES) {
+                const VF v = load<VF>(x + i), size = v < 0 ? -v : v;
+                most = vmax(most, size);
+                sum += size;
+                poison += v * 0.0f;
+            }
+            const float of_span = reduce_sum(sum);
+            most_of_span = of_span > most_of_span ? of_span : most_of_span;
+        }
+        // Rounding adds half to each number at most; 100 for what float32 rounds here.
+        constexpr float kMostSum = 2147483647 / kMostWeight - kSpan / 2 - 100;
+        const float largest = reduce_max(most);
+        const float by_size = largest / 32767.0f, by_sum = most_of_span / kMostSum;
+        const float step = by_size > by_sum ? by_size : by_sum, inverse = step > 0.0f ? 1.0f / step : 0.0f;
+        steps[row] = step + reduce_sum(poison);
+        for (int64_t i = 0; i < stride; i += LANES) {
+            // Adding 1.5 * 2^23 rounds to the nearest whole number and leaves it in the lowest bits.
+            const VU number = (VU)(load<VF>(x + i) * inverse + 12582912.0f);
+            store(numbers() + row * stride + i, __builtin_convertvector(number & 0xffffu, VH));
+        }
+#else
+        (void)row;
+#endif
+    }
 };
 
-// Registers allow this many rows at once, each with kMostTiles tiles' worth of outputs or fewer.
+// Registers allow this many rows at once or `most_rows`, each with kMostTiles tiles' worth of outputs or fewer.
 #if LANES == 16
-constexpr int64_t kMostRows = 8;
+constexpr int64_t kMostRows = 12;
 INLINE int64_t tiles_at_once(int64_t rows, Kind kind) {
 #if VNNI
     if (kind == kInt8) return rows == 1 ? 8 : rows <= 3 ? 4 : 2;  // two sums each
@@ -164,12 +274,15 @@ constexpr int64_t kMostRows = 6;
 INLINE int64_t tiles_at_once(int64_t rows, Kind) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 #endif
 constexpr int64_t kMostTiles = 8;
-INLINE int64_t most_rows(Kind kind) { return VNNI && kind == kInt8 ? 6 : kMostRows; }
+INLINE int64_t most_rows(Kind kind) {
+    if (VNNI && kind == kInt8) return 6;
+    return LANES == 16 && !VNNI && kind == kInt16 ? 8 : kMostRows;  // its products need registers before they are sums
+}
 
 template <int kRows, int kTiles, typename W, typename A>
-NOINLINE void multiply_block(const W* w, int64_t tile_size, const A* a, int64_t stride, int64_t depth, float* out) {
+NOINLINE void multiply_block(const W* w, int64_t tile_size, const A* a, int64_t stride, int64_t depth, const Ahead& ahead, float* out) {
     VF acc[kRows][kTiles * kVectorsPerTile] = {};
-    accumulate<kRows, kTiles>(w, tile_size, a, stride, depth, acc);
+    accumulate<kRows, kTiles>(Cursor<kRows, kTiles, W, A>(w, tile_size, a, stride, ahead), depth, acc);
     for (int r = 0; r < kRows; ++r) {
         for (int c = 0; c < kTiles * kVectorsPerTile; ++c) store(out + (r * kTiles * kVectorsPerTile + c) * LANES, acc[r][c]);
     }
@@ -189,7 +302,8 @@ struct Bytes {
 
 // Every loop over sums is unrolled, or they would lie in memory.
 template <int kRows, int kTiles, typename W, typename A>
-NOINLINE void multiply_block(const int8_t* w, int64_t tile_size, const Bytes* a, int64_t stride, int64_t depth, float* out) {
+NOINLINE void multiply_block(const int8_t* w, int64_t tile_size, const Bytes* a, int64_t stride, int64_t depth, const Ahead& ahead,
+                             float* out) {
     __m512i high[kRows][kTiles], low[kRows][kTiles];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -199,25 +313,25 @@ NOINLINE void multiply_block(const int8_t* w, int64_t tile_size, const Bytes* a,
             low[r][c] = _mm512_setzero_si512();
         }
     }
-    for (int64_t k = 0; k < depth; k += 4) {
-        __m512i weights[kTiles];
+    Cursor<kRows, kTiles, int8_t, uint8_t> at(w, tile_size, a->bytes, 2 * stride, ahead);
+    for (int64_t k = 0; k < depth; k += at.kMove) {
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; ++part) {
+            __m512i weights[kTiles];
 #pragma GCC unroll 16
-        for (int c = 0; c < kTiles; ++c) {
-            weights[c] = _mm512_loadu_si512(w + c * tile_size + k * kTile);
-            if (kRows > 1) __builtin_prefetch(w + c * tile_size + k * kTile + 64 * kTile);
-        }
+            for (int c = 0; c < kTiles; ++c) weights[c] = at.template weights<__m512i>(c, part);
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-            int32_t upper, lower;
-            __builtin_memcpy(&upper, a->bytes + 2 * (r * stride + k), sizeof upper);
-            __builtin_memcpy(&lower, a->bytes + 2 * (r * stride + k) + 4, sizeof lower);
-            const __m512i x = _mm512_set1_epi32(upper), y = _mm512_set1_epi32(lower);
+            for (int r = 0; r < kRows; ++r) {
+                const __m512i x = _mm512_set1_epi32(load_lane(at.row(r) + 8 * part));
+                const __m512i y = _mm512_set1_epi32(load_lane(at.row(r) + 8 * part + 4));
 #pragma GCC unroll 16
-            for (int c = 0; c < kTiles; ++c) {
-                add_products(high[r][c], x, weights[c]);
-                add_products(low[r][c], y, weights[c]);
+                for (int c = 0; c < kTiles; ++c) {
+                    add_products(high[r][c], x, weights[c]);
+                    add_products(low[r][c], y, weights[c]);
+                }
             }
         }
+        at.move(2 * at.kMove);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -232,17 +346,82 @@ NOINLINE void multiply_block(const int8_t* w, int64_t tile_size, const Bytes* a,
 }
 #endif
 
+#if PAIRS
+// sum += the products of two numbers of 16 bits in every lane.
+#if VNNI
+INLINE void add_pairs(VI& sum, VI a, VI b) { asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+#elif LANES == 16
+INLINE void add_pairs(VI& sum, VI a, VI b) { sum += (VI)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+#else
+INLINE void add_pairs(VI& sum, VI a, VI b) { sum += (VI)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#endif
+
+// The same for int16 weights and activations in whole numbers: sums over kSpan of them are exact.
+struct Numbers {
+    const int16_t* numbers;
+    const float* steps;
+    const float* scales;
+};
+
+template <int kRows, int kTiles, typename W, typename A>
+NOINLINE void multiply_block(const int16_t* w, int64_t tile_size, const Numbers* a, int64_t stride, int64_t depth, const Ahead& ahead,
+                             float* out) {
+    constexpr int kVectors = kTiles * kVectorsPerTile;
+    Cursor<kRows, kTiles, int16_t, int16_t> at(w, tile_size, a->numbers, stride, ahead);
+    for (int i = 0; i < kRows * kVectors; ++i) store(out + i * LANES, VF{});
+    for (int64_t start = 0; start < depth; start += kSpan) {
+        VI sums[kRows][kVectors];
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+            for (int c = 0; c < kVectors; ++c) sums[r][c] = VI{};
+        }
+        const int64_t end = start + kSpan < depth ? start + kSpan : depth;
+        for (int64_t k = start; k < end; k += at.kMove) {
+#pragma GCC unroll 2
+            for (int part = 0; part < 2; ++part) {
+                VI weights[kVectors];
+#pragma GCC unroll 16
+                for (int c = 0; c < kVectors; ++c) weights[c] = at.template weights<VI>(c, part);
+#pragma GCC unroll 16
+                for (int r = 0; r < kRows; ++r) {
+                    const VI x = load_lane(at.row(r) + 2 * part) - VI{};
+#pragma GCC unroll 16
+                    for (int c = 0; c < kVectors; ++c) add_pairs(sums[r][c], x, weights[c]);
+                }
+            }
+            at.move(at.kMove);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+            for (int c = 0; c < kVectors; ++c) {
+                float* const part = out + (r * kVectors + c) * LANES;
+                store(part, load<VF>(part) + __builtin_convertvector(sums[r][c], VF));
+            }
+        }
+    }
+    for (int r = 0; r < kRows; ++r) {
+        for (int c = 0; c < kVectors; ++c) {
+            float* const part = out + (r * kVectors + c) * LANES;
+            store(part, (load<VF>(part) * a->steps[r]) * load<VF>(a->scales + c * LANES));
+        }
+    }
+}
+#endif
+
 // out [rows, tiles * 16] = a [rows, depth] times `tiles` tiles; only the pairs of numbers that `tiles_at_once` names, and one tile.
 template <typename W, typename A>
-INLINE void multiply(const W* w, int64_t tiles, int64_t tile_size, const A* a, int64_t stride, int64_t rows, int64_t depth, float* out) {
+INLINE void multiply(const W* w, int64_t tiles, int64_t tile_size, const A* a, int64_t stride, int64_t rows, int64_t depth,
+                     const Ahead& ahead, float* out) {
 #define CASE(r, t)                                                                  \
     case (r) * 16 + (t):                                                            \
-        return multiply_block<r, t, W, A>(w, tile_size, a, stride, depth, out);
+        return multiply_block<r, t, W, A>(w, tile_size, a, stride, depth, ahead, out);
     switch (rows * 16 + tiles) {
         CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1)
 #if LANES == 16
-        CASE(7, 1) CASE(8, 1) CASE(3, 2) CASE(4, 2) CASE(5, 2) CASE(6, 2) CASE(7, 2) CASE(8, 2)
-        CASE(1, 8) CASE(2, 4) CASE(3, 4) CASE(4, 4)
+        CASE(7, 1) CASE(8, 1) CASE(9, 1) CASE(10, 1) CASE(11, 1) CASE(12, 1) CASE(3, 2) CASE(4, 2) CASE(5, 2) CASE(6, 2)
+        CASE(7, 2) CASE(8, 2) CASE(9, 2) CASE(10, 2) CASE(11, 2) CASE(12, 2) CASE(1, 8) CASE(2, 4) CASE(3, 4) CASE(4, 4)
 #else
         CASE(1, 4) CASE(2, 2) CASE(3, 2)
 #endif
@@ -251,24 +430,31 @@ INLINE void multiply(const W* w, int64_t tiles, int64_t tile_size, const A* a, i
     __builtin_unreachable();
 }
 
-NOINLINE void multiply(const Matrix& m, int64_t tile, int64_t tiles, const Activation& a, int64_t row, int64_t rows, float* out) {
-    const int64_t depth = (m.k + kTile - 1) / kTile * kTile, size = depth * kTile, first = row * a.stride;
+NOINLINE void multiply(const Matrix& m, int64_t tile, int64_t tiles, const Activation& a, int64_t row, int64_t rows, const Ahead& ahead,
+                       float* out) {
+    const int64_t depth = padded_size(m.k), size = depth * kTile, first = row * a.stride;
     if (m.kind == kFloat32) {
-        multiply(static_cast<const float*>(m.data) + tile * size, tiles, size, a.wide + first, a.stride, rows, depth, out);
+        multiply(static_cast<const float*>(m.data) + tile * size, tiles, size, a.wide + first, a.stride, rows, depth, ahead, out);
     } else if (m.kind == kBfloat16) {
         const uint16_t* w = static_cast<const uint16_t*>(m.data) + tile * size;
 #if BF16_DOT
-        multiply(w, tiles, size, a.pairs + first, a.stride, rows, depth, out);
+        multiply(w, tiles, size, a.pairs + first, a.stride, rows, depth, ahead, out);
 #else
-        multiply(w, tiles, size, a.wide + first, a.stride, rows, depth, out);
+        multiply(w, tiles, size, a.wide + first, a.stride, rows, depth, ahead, out);
+#endif
+#if PAIRS
+    } else if (m.kind == kInt16) {
+        const int16_t* w = static_cast<const int16_t*>(m.data) + tile * size;
+        const Numbers numbers{a.numbers() + first, a.steps + row, m.scales + tile * kTile};
+        multiply(w, tiles, size, &numbers, a.stride, rows, depth, ahead, out);
 #endif
     } else {
         const int8_t* w = static_cast<const int8_t*>(m.data) + tile * size;
 #if VNNI
         const Bytes bytes{a.bytes + 2 * first, a.steps + row, m.offsets + tile * kTile, m.scales + tile * kTile};
-        multiply(w, tiles, size, &bytes, a.stride, rows, depth, out);
+        multiply(w, tiles, size, &bytes, a.stride, rows, depth, ahead, out);
 #else
-        multiply(w, tiles, size, a.wide + first, a.stride, rows, depth, out);
+        multiply(w, tiles, size, a.wide + first, a.stride, rows, depth, ahead, out);
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t c = 0; c < tiles * kTile; c += LANES) {
                 float* part = out + r * tiles * kTile + c;
@@ -279,23 +465,37 @@ NOINLINE void multiply(const Matrix& m, int64_t tile, int64_t tiles, const Activ
     }
 }
 
-// a [rows, k] times all of `m`; every vector of the result goes to take(row, column, vector). Threads share the tiles.
+// Bytes of a tile.
+INLINE int64_t tile_bytes(const Matrix& m) {
+    const int64_t size = m.kind == kFloat32 ? 4 : m.kind == kInt8 ? 1 : 2;
+    return padded_size(m.k) * kTile * size;
+}
+
+// a [rows, k] times all of `m`; every vector of the result goes to take(row, column, vector). Threads share the tiles. Each knows
+// its next ones while it is at some: where there are several blocks of rows, all but the first fetch a share of the next tiles,
+// and the first one the last share of its own.
 template <typename Take>
 INLINE void product(const Matrix& m, const Activation& a, int64_t rows, Team& team, Take take) {
-    const int64_t num_tiles = (m.n + kTile - 1) / kTile;
+    const int64_t num_tiles = (m.n + kTile - 1) / kTile, size = tile_bytes(m);
     const Kind kind = static_cast<Kind>(m.kind);
     const int64_t num_blocks = (rows + most_rows(kind) - 1) / most_rows(kind);
     const int64_t group = tiles_at_once((rows + num_blocks - 1) / num_blocks, kind);
     const int64_t grab = num_blocks == 1 && group < 4 ? 4 : group;
     alignas(64) float out[kMostRows * kMostTiles * kTile];
     int64_t* counter = team.next_counter();
-    for (int64_t start; (start = team.take(counter, grab)) < num_tiles;) {
+    const auto where = [&](int64_t tile) __attribute__((always_inline)) { return static_cast<const char*>(m.data) + tile * size; };
+    int64_t start = team.take(counter, grab);
+    while (start < num_tiles) {
         const int64_t end = start + grab < num_tiles ? start + grab : num_tiles;
+        const int64_t then = team.take(counter, grab);
         for (int64_t tile = start; tile < end;) {
             const int64_t tiles = tile + group <= end ? group : 1;
+            const char* const next = where(tile + tiles < end ? tile + tiles : then < num_tiles ? then : tile);
+            const int64_t share = tiles * size / num_blocks;
             for (int64_t block = 0, row = 0; block < num_blocks; ++block) {
                 const int64_t count = rows / num_blocks + (block < rows % num_blocks);
-                multiply(m, tile, tiles, a, row, count, out);
+                const char* const at = block == 0 ? where(tile) + (num_blocks - 1) * share : next + (block - 1) * share;
+                multiply(m, tile, tiles, a, row, count, Ahead{at, num_blocks == 1 ? 0 : 128 * tiles / num_blocks}, out);
                 for (int64_t r = 0; r < count; ++r) {
                     for (int64_t c = 0; c < tiles * kTile; c += LANES) {
                         take(row + r, tile * kTile + c, load<VF>(out + r * tiles * kTile + c));
@@ -305,5 +505,6 @@ INLINE void product(const Matrix& m, const Activation& a, int64_t rows, Team& te
             }
             tile += tiles;
         }
+        start = then;
     }
 }

@@ -1,4 +1,4 @@
-"""Products with packed weights by native code, and their torch twin. `plan.py` packs, `products.h` is the native side."""
+"""Products with packed weights by native code, and their torch twin. `packing.py` packs, `products.h` is the native side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrt_core import kernels
-from lrt_core.kernels.plan import PackedMatrix, padded
+from lrt_core.kernels.packing import PackedMatrix, padded
 
 
 def apply(matrix: PackedMatrix, x: Tensor, softcap: float = 0.0) -> Tensor:

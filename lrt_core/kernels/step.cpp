@@ -50,6 +50,7 @@ struct Team {
 #define LANES 8
 #define BF16_DOT 0
 #define VNNI 0
+#define PAIRS 0
 namespace plain {
 namespace {
 #include "vectors.h"
@@ -72,6 +73,8 @@ namespace {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
+#undef PAIRS
+#define PAIRS 1
 #define LANES 8
 namespace avx2 {
 namespace {
@@ -136,7 +139,9 @@ namespace {
 
 #if HAS_BF16_DOT
 #undef BF16_DOT
+#undef PAIRS
 #define BF16_DOT 1
+#define PAIRS 0
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,fma"))), apply_to = function)
 #else
@@ -165,13 +170,14 @@ namespace {
 
 struct Set {
     const char* name;
+    bool has_pairs;
     void (*forward)(const Model&, const Pool&, const Step&, int64_t, char*, const Outcome&, Team&);
     void (*apply)(const Matrix&, const float*, int64_t, float, char*, float*, Team&);
     void (*attend)(const Model&, const Pool&, const Rows&, const float*, char*, float*, Team&);
     int64_t (*workspace_size)(const Model&, int64_t, int64_t);
 };
 
-#define SET(name) Set{#name, name::forward, name::apply, name::attend, name::workspace_size}
+#define SET(name) Set{#name, name::kHasPairs, name::forward, name::apply, name::attend, name::workspace_size}
 
 // What this processor has, the best first.
 const std::vector<Set>& available() {
@@ -270,6 +276,9 @@ const char* lrt_instruction_set() { return lrt::set.name; }
 const char* lrt_available_set(int64_t index) {
     return index < static_cast<int64_t>(lrt::available().size()) ? lrt::available()[index].name : nullptr;
 }
+
+// Whether it multiplies pairs of whole numbers, so that weights of 16 bits had best be such.
+int32_t lrt_has_pairs() { return lrt::set.has_pairs; }
 
 // Use the index-th of them from now on; for tests and comparisons, while no other call runs. Workspaces must be cut anew.
 void lrt_use_set(int64_t index) { lrt::set = lrt::available()[index]; }

@@ -39,7 +39,6 @@ INLINE void embed_row(const T* embedding, float* x, int64_t size, float eps) {
     for (int64_t i = 0; i < size; ++i) x[i] *= scale;
 }
 
-INLINE int64_t padded_size(int64_t size) { return (size + kTile - 1) / kTile * kTile; }
 INLINE int64_t padded_head(int64_t size) { return (size + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
 
 // Rotation of a head (first half against second half), then its norm.
@@ -150,7 +149,7 @@ struct Workspace {
 #if BF16_DOT
             a.pairs = reinterpret_cast<uint16_t*>(take(rows * stride * 2));
 #endif
-#if VNNI
+#if VNNI || PAIRS
             a.bytes = reinterpret_cast<uint8_t*>(take(rows * stride * 2));
             a.steps = reinterpret_cast<float*>(take(rows * 4));
 #endif
@@ -294,8 +293,8 @@ INLINE void each_row(int64_t rows, Team& team, Work work) {
 
 // Between barriers: what the coming product with `m` needs of rows that several threads have written.
 INLINE void prepare(const Matrix& m, const Activation& a, int64_t rows, Team& team) {
-    if (!VNNI || m.kind != kInt8) return;
-    each_row(rows, team, [&](int64_t row) __attribute__((always_inline)) { a.quantize(row); });
+    if (!is_whole(m.kind)) return;
+    each_row(rows, team, [&](int64_t row) __attribute__((always_inline)) { a.quantize(row, m.kind); });
     team.barrier();
 }
 
@@ -309,7 +308,7 @@ NOINLINE void run_layer(const Model& m, const Pool& pool, const Stream& step, in
         float* x = step.x + own * stride;
         inject_row(layer, step.memory == nullptr ? nullptr : step.memory + own * size, step.x0 + own * stride, x, size);
         set_row(w.normed, row, x, norm_scale(x, size, m.eps), size);
-        if (layer.input.kind == kInt8) w.normed.quantize(row);
+        if (is_whole(layer.input.kind)) w.normed.quantize(row, layer.input.kind);
     });
     team.barrier();
     product(layer.input, w.normed, rows, team, [&](int64_t row, int64_t column, VF sum) __attribute__((always_inline)) {
@@ -344,7 +343,7 @@ NOINLINE void run_layer(const Model& m, const Pool& pool, const Stream& step, in
     each_row(rows, team, [&](int64_t row) __attribute__((always_inline)) {
         const float* x = step.x + step.rows[row] * stride;
         set_row(w.normed, row, x, norm_scale(x, size, m.eps), size);
-        if (layer.up.kind == kInt8) w.normed.quantize(row);
+        if (is_whole(layer.up.kind)) w.normed.quantize(row, layer.up.kind);
     });
     team.barrier();
     product(layer.up, w.normed, rows, team, [&](int64_t row, int64_t column, VF sum) __attribute__((always_inline)) {
@@ -398,7 +397,7 @@ void apply(const Matrix& m, const float* input, int64_t rows, float softcap, cha
                        stride};
     each_row(rows, team, [&](int64_t row) __attribute__((always_inline)) {
         set_row(a, row, input + row * m.k, 1.0f, m.k);
-        if (m.kind == kInt8) a.quantize(row);
+        if (is_whole(m.kind)) a.quantize(row, m.kind);
     });
     team.barrier();
     product(m, a, rows, team, [&](int64_t row, int64_t column, VF sum) __attribute__((always_inline)) {

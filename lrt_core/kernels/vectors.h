@@ -24,6 +24,8 @@ INLINE void store(T* p, V v) {
     __builtin_memcpy(p, &v, sizeof v);
 }
 
+INLINE int64_t padded_size(int64_t size) { return (size + kTile - 1) / kTile * kTile; }
+
 INLINE VF splat(float x) { return x - VF{}; }
 
 INLINE VF vmax(VF a, VF b) { return a > b ? a : b; }

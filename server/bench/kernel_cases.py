@@ -16,7 +16,8 @@ import torch
 
 from lrt_core import kernels
 from lrt_core.kernels.attention import gathered_attention, paged_attention
-from lrt_core.kernels.plan import READ_AHEAD, PackedMatrix, quantize_rows
+from lrt_core.kernels.packing import PackedMatrix, quantize_rows
+from lrt_core.kernels.plan import READ_AHEAD
 from lrt_core.kernels.products import apply, apply_twin
 from lrt_core.kernels.sampling import Draws, draw, draw_twin, top_logprobs, top_logprobs_twin
 from server.bench.shapes import D12
@@ -84,7 +85,7 @@ def _int8_product(num_rows: int) -> Case:
 
     def make() -> Operation:
         weight = torch.randn(D12.intermediate_size, D12.hidden_size) * D12.hidden_size**-0.5
-        numbers, scales = quantize_rows(weight)
+        numbers, scales = quantize_rows(weight, torch.int8)
         x, matrix, rounded = (
             torch.randn(num_rows, D12.hidden_size),
             PackedMatrix(weight, quantize=True),

@@ -13,7 +13,7 @@ import torch
 
 from lrt_core import kernels
 from lrt_core.generate import read
-from lrt_core.kernels.plan import quantize_rows
+from lrt_core.kernels.packing import quantize_rows
 from lrt_core.model import LatentRecurrentTransformer
 from lrt_core.native_model import Quantization
 from server.engine.engine import Engine
@@ -112,7 +112,7 @@ def rounded(model: LatentRecurrentTransformer, form: Quantization) -> LatentRecu
     twin = copy.deepcopy(model)
     for name, weight in twin.named_parameters():
         if weight.ndim == 2 and "embedding" not in name and (form == "int8" or "memory_projection" in name):
-            numbers, scales = quantize_rows(weight.detach())
+            numbers, scales = quantize_rows(weight.detach(), torch.int8)
             weight.data = numbers.float() * scales.unsqueeze(1)
     return twin
 

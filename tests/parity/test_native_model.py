@@ -9,7 +9,7 @@ import torch
 
 from lrt_core import kernels
 from lrt_core.generate import read
-from lrt_core.kernels.plan import PackedMatrix, quantize_rows
+from lrt_core.kernels.packing import PackedMatrix, quantize_rows
 from lrt_core.kernels.products import apply, apply_twin
 from lrt_core.native_model import NativeModel
 from lrt_core.paged import PagedPool
@@ -50,6 +50,37 @@ def test_what_is_no_number_stays_so(kind: str, instruction_set: str) -> None:
     assert logits[0].isfinite().all() and logits[2].isfinite().all()
 
 
+def spread(x: torch.Tensor) -> float:
+    """Root mean square."""
+    return float(x.square().mean().sqrt())
+
+
+@needs_native
+@torch.no_grad()
+def test_bfloat16_weights_in_whole_numbers_never_overflow(instruction_set: str) -> None:
+    """Rows whose sums come to the most they can, and rows of every size: no further from float64 than rounding of weights and
+    of activations, of which 128 share 32 bits, can lead."""
+    torch.manual_seed(0)
+    k = 384
+    weight = torch.randn(48, k)
+    weight[0], weight[1], weight[2, ::2], weight[3] = 3.0, -3.0, 5.0, 0.0
+    weight = weight.bfloat16()
+    ones, last = torch.ones(k), torch.zeros(k)
+    last[-1] = 1.0
+    spiky = torch.randn(k) * 1e-3
+    spiky[77] = 40.0
+    rows = [ones, -ones, last, spiky, torch.randn(k), ones * 1e30, torch.randn(k) * 1e-30, torch.zeros(k)]
+    rows += [weight[i].float() for i in range(3)]
+    x = torch.stack(rows)
+    if "bf16" in instruction_set:
+        x = x.bfloat16().float()
+    out, exact = apply(PackedMatrix(weight), x).double(), x.double() @ weight.double().T
+    x, weights = x.double().abs(), weight.double().abs()
+    step = torch.maximum(x.amax(-1) / 32767, x.view(-1, 3, 128).sum(-1).amax(-1) / (2**31 / 8191 - 200))
+    rounding = torch.outer(x.sum(-1), weights.amax(-1) / 8191 / 2) + torch.outer(step / 2, weights.sum(-1))
+    assert bool(((out - exact).abs() <= 1.01 * rounding).all())
+
+
 @needs_native
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 16), (40, 33), (130, 96), (272, 768)])
@@ -60,11 +91,18 @@ def test_products_and_rows_that_do_not_see_each_other(kind: str, n: int, k: int,
     weight = torch.randn(n, k, generator=generator).to(getattr(torch, kind) if kind != "int8" else torch.float32)
     matrix = PackedMatrix(weight, quantize=kind == "int8")
     if kind == "int8":
-        numbers, scales = quantize_rows(weight)
+        numbers, scales = quantize_rows(weight, torch.int8)
         assert float(((numbers * scales.unsqueeze(1)) - weight).abs().max() / weight.abs().max()) < 1 / 127
+        weight = numbers * scales.unsqueeze(1)
+    is_whole = kind == "bfloat16" and kernels.has_pairs()
+    if is_whole:
+        numbers, scales = quantize_rows(weight, torch.int16)
+        assert spread(numbers * scales.unsqueeze(1) - weight.float()) < 2e-4 * spread(weight.float())
         weight = numbers * scales.unsqueeze(1)
     x = torch.randn(29, k, generator=generator)
     tolerance = 1e-5 * k**0.5 + 1e-5
+    if is_whole:
+        tolerance *= 60  # activations of which 128 must be summed in 32 bits
     if "vnni" in instruction_set or "bf16" in instruction_set:
         tolerance *= 20 if kind == "int8" else 1  # activations in 16 bits of the largest
     if "bf16" in instruction_set and kind == "bfloat16":
