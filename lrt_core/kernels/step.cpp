@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #ifdef _OPENMP
@@ -31,10 +32,29 @@ struct alignas(64) Counter {
     int64_t next;
 };
 
+// Where threads meet.
+struct Meeting {
+    alignas(64) int64_t arrived;
+    alignas(64) int64_t phase;
+};
+
+inline void pause_thread() {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__) && defined(__GNUC__)
+    asm volatile("yield");
+#endif
+}
+
+// Looks at a phase before the processor is offered to others: some fifty microseconds.
+constexpr int64_t kPatience = 1024;
+
 // One thread's view of the team that runs a call. Every thread goes through the same phases in the same order.
 struct Team {
     int64_t thread, num_threads;
     Counter* counters;
+    Meeting* meeting;
+    int64_t phase = 0;
 
     inline __attribute__((always_inline)) int64_t* next_counter() { return &(counters++)->next; }
 
@@ -42,8 +62,23 @@ struct Team {
         return __atomic_fetch_add(counter, count, __ATOMIC_RELAXED);
     }
 
+    // Waits for all threads. OpenMP's own barrier would let a thread sleep after microseconds wherever the process has more
+    // threads than processors, as a server has: a step meets a hundred times, and to be woken takes longer than to wait.
     void barrier() {
-#pragma omp barrier
+        if (num_threads == 1) return;
+        ++phase;
+        if (__atomic_add_fetch(&meeting->arrived, 1, __ATOMIC_ACQ_REL) == num_threads) {
+            __atomic_store_n(&meeting->arrived, 0, __ATOMIC_RELAXED);
+            __atomic_store_n(&meeting->phase, phase, __ATOMIC_RELEASE);
+            return;
+        }
+        for (int64_t looks = 0; __atomic_load_n(&meeting->phase, __ATOMIC_ACQUIRE) != phase; ++looks) {
+            if (looks < kPatience) {
+                pause_thread();
+            } else {
+                std::this_thread::yield();
+            }
+        }
     }
 };
 
@@ -210,12 +245,13 @@ constexpr int64_t kCountersPerLayer = 14, kOtherCounters = 8;
 template <typename Work>
 void run_team(int64_t num_threads, int64_t num_counters, Work work) {
     Counter* counters = new Counter[num_counters]();
+    Meeting meeting{0, 0};
 #pragma omp parallel num_threads(num_threads)
     {
 #ifdef _OPENMP
-        Team team{omp_get_thread_num(), omp_get_num_threads(), counters};
+        Team team{omp_get_thread_num(), omp_get_num_threads(), counters, &meeting};
 #else
-        Team team{0, 1, counters};
+        Team team{0, 1, counters, &meeting};
 #endif
         work(team);
     }
