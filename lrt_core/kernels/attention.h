@@ -53,6 +53,9 @@ struct Run {
 
     INLINE const T* operator[](int64_t j) const { return first + offsets[j]; }
 
+    // The same for those who come after the first: what follows is on its way.
+    INLINE Run alone() const { return Run{first, offsets, nullptr, nullptr}; }
+
     // Bring what follows nearer: a step apart, heads lie too scattered for the processor's own prefetching.
     INLINE void fetch_next(int64_t j, int64_t padded) const {
         if (next_first == nullptr) return;
@@ -73,7 +76,7 @@ INLINE void score(const float* queries, int64_t padded, const Run<T>& keys, floa
     constexpr int kKeys = LANES / kQueries;
     for (int64_t j = 0; j < kKeyRun; j += kKeys) {
         VF acc[LANES] = {};
-        for (int64_t i = 0; i < (kQueries == 1 ? kKeys : 0); ++i) keys.fetch_next(j + i, padded);
+        for (int64_t i = 0; i < kKeys; ++i) keys.fetch_next(j + i, padded);
         for (int64_t h = 0; h < padded; h += 2 * LANES) {
 #pragma GCC unroll 16
             for (int i = 0; i < kKeys; ++i) {
@@ -100,7 +103,7 @@ INLINE void add_values(const float* weights, const Run<T>& values, int64_t count
         for (int c = 0; c < 2 * kPairs; ++c) acc[r][c] = load<VF>(sums + r * padded + h + c * LANES);
     }
     for (int64_t j = 0; j < count; ++j) {
-        if (kQueries == 1 && h == 0) values.fetch_next(j, padded);
+        if (h == 0) values.fetch_next(j, padded);
 #pragma GCC unroll 8
         for (int c = 0; c < kPairs; ++c) {
             VF first, second;
@@ -158,17 +161,18 @@ template <typename T>
 NOINLINE void attend_run(int64_t num_queries, const float* queries, float* scores, int64_t padded, const Run<T>& keys, const Run<T>& values,
                          int64_t count, const int64_t* first, const int64_t* end, const Attended& state) {
     int64_t r = 0;
-    for (; r + 4 <= num_queries; r += 4) score<4>(queries + r * padded, padded, keys, scores + r * kKeyRun);
-    for (; r + 2 <= num_queries; r += 2) score<2>(queries + r * padded, padded, keys, scores + r * kKeyRun);
-    for (; r < num_queries; ++r) score<1>(queries + r * padded, padded, keys, scores + r * kKeyRun);
+    const auto of = [&](const Run<T>& run) __attribute__((always_inline)) { return r == 0 ? run : run.alone(); };
+    for (; r + 4 <= num_queries; r += 4) score<4>(queries + r * padded, padded, of(keys), scores + r * kKeyRun);
+    for (; r + 2 <= num_queries; r += 2) score<2>(queries + r * padded, padded, of(keys), scores + r * kKeyRun);
+    for (; r < num_queries; ++r) score<1>(queries + r * padded, padded, of(keys), scores + r * kKeyRun);
     for (r = 0; r < num_queries; ++r) {
         const int64_t last = end[r] < count ? end[r] : count;
         take_run(scores + r * kKeyRun, first[r], last, state.sums + r * padded, padded, state.largest[r], state.total[r]);
     }
     r = 0;
-    for (; r + 4 <= num_queries; r += 4) add_all_values<4, 1>(scores + r * kKeyRun, values, count, state.sums + r * padded, padded);
-    for (; r + 2 <= num_queries; r += 2) add_all_values<2, 2>(scores + r * kKeyRun, values, count, state.sums + r * padded, padded);
-    for (; r < num_queries; ++r) add_all_values<1, 4>(scores + r * kKeyRun, values, count, state.sums + r * padded, padded);
+    for (; r + 4 <= num_queries; r += 4) add_all_values<4, 1>(scores + r * kKeyRun, of(values), count, state.sums + r * padded, padded);
+    for (; r + 2 <= num_queries; r += 2) add_all_values<2, 2>(scores + r * kKeyRun, of(values), count, state.sums + r * padded, padded);
+    for (; r < num_queries; ++r) add_all_values<1, 4>(scores + r * kKeyRun, of(values), count, state.sums + r * padded, padded);
 }
 
 // Take the next piece of the same queries into `all`.
@@ -242,9 +246,9 @@ INLINE void attend_piece(const Model& m, const Pool& pool, const Rows& step, int
         }
         for (int64_t g = first_head; g < end_head; ++g) {
             const float* const from = queries + (chunk.first_row * m.num_heads + g * group) * padded;
-            for (int64_t i = 0; chunk.num_rows > 1 && i < num_queries * padded; i += LANES) {
-                const int64_t row = i / (group * padded);
-                store(s.queries + i, load<VF>(from + i + row * (m.num_heads - group) * padded));
+            for (int64_t row = 0; row < (chunk.num_rows > 1 ? chunk.num_rows : 0); ++row) {
+                const float* const own = from + row * m.num_heads * padded;
+                for (int64_t i = 0; i < group * padded; i += LANES) store(s.queries + row * group * padded + i, load<VF>(own + i));
             }
             const int64_t head = (g - first_head) * m.head_dim;
             const bool is_last = g + 1 == end_head;

@@ -11,11 +11,11 @@ namespace lrt {
 
 enum Kind : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt16 = 3 };
 
-// Outputs of one packed tile; `plan.py` lays weights out in tiles of this width.
+// Outputs of one packed tile; `packing.py` lays weights out in tiles of this width.
 constexpr int64_t kTile = 16;
 
-// Whole numbers of 16 bits are multiplied exactly in 32 over so many k at a time: 13 bits of a weight and what of an activation
-// then cannot come to more. `packing.py` has the same number.
+// Whole numbers of 16 bits are summed exactly in 32 over so many k at a time: a row's activations are scaled so that with weights
+// of at most this size no sum can come to more. `packing.py` has the same number.
 constexpr int64_t kMostWeight = 8191, kSpan = 128;
 
 // A weight [n, k] in tiles of 16 outputs, zero-padded to multiples of 16 both ways: float32 [n/16][k][16],

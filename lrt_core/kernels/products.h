@@ -1,7 +1,7 @@
-// Products of activations with packed weights: out[r][n] = sum over k of a[r][k] w[n][k], in float32.
+// Products of activations with packed weights: out[r][n] = sum over k of a[r][k] w[n][k], to float32.
 //
-// Every output is one accumulator that takes k in rising order, whatever the number of rows: a row's result is bit-equal alone
-// and in any batch. Included once per instruction set by `step.cpp`.
+// Every output is one accumulator that takes k in rising order, in whole numbers exactly, whatever the number of rows: a row's
+// result is bit-equal alone and in any batch. Included once per instruction set by `step.cpp`.
 
 constexpr int kVectorsPerTile = kTile / LANES;
 constexpr bool kHasPairs = PAIRS;
@@ -448,7 +448,7 @@ NOINLINE void multiply(const Matrix& m, int64_t tile, int64_t tiles, const Activ
         const Numbers numbers{a.numbers() + first, a.steps + row, m.scales + tile * kTile};
         multiply(w, tiles, size, &numbers, a.stride, rows, depth, ahead, out);
 #endif
-    } else {
+    } else if (m.kind == kInt8) {
         const int8_t* w = static_cast<const int8_t*>(m.data) + tile * size;
 #if VNNI
         const Bytes bytes{a.bytes + 2 * first, a.steps + row, m.offsets + tile * kTile, m.scales + tile * kTile};
@@ -462,6 +462,8 @@ NOINLINE void multiply(const Matrix& m, int64_t tile, int64_t tiles, const Activ
             }
         }
 #endif
+    } else {
+        __builtin_trap();  // packed for another instruction set
     }
 }
 
@@ -471,9 +473,9 @@ INLINE int64_t tile_bytes(const Matrix& m) {
     return padded_size(m.k) * kTile * size;
 }
 
-// a [rows, k] times all of `m`; every vector of the result goes to take(row, column, vector). Threads share the tiles. Each knows
-// its next ones while it is at some: where there are several blocks of rows, all but the first fetch a share of the next tiles,
-// and the first one the last share of its own.
+// a [rows, k] times all of `m`; every vector of the result goes to take(row, column, vector). Threads share the tiles. Where there
+// are several blocks of rows and tiles enough, each knows its next ones while it is at some: all blocks but the first fetch a share
+// of these, and the first one the last share of its own.
 template <typename Take>
 INLINE void product(const Matrix& m, const Activation& a, int64_t rows, Team& team, Take take) {
     const int64_t num_tiles = (m.n + kTile - 1) / kTile, size = tile_bytes(m);
@@ -481,13 +483,14 @@ INLINE void product(const Matrix& m, const Activation& a, int64_t rows, Team& te
     const int64_t num_blocks = (rows + most_rows(kind) - 1) / most_rows(kind);
     const int64_t group = tiles_at_once((rows + num_blocks - 1) / num_blocks, kind);
     const int64_t grab = num_blocks == 1 && group < 4 ? 4 : group;
+    const bool looks_ahead = num_blocks > 1 && num_tiles > 4 * grab * team.num_threads;
     alignas(64) float out[kMostRows * kMostTiles * kTile];
     int64_t* counter = team.next_counter();
     const auto where = [&](int64_t tile) __attribute__((always_inline)) { return static_cast<const char*>(m.data) + tile * size; };
     int64_t start = team.take(counter, grab);
     while (start < num_tiles) {
         const int64_t end = start + grab < num_tiles ? start + grab : num_tiles;
-        const int64_t then = team.take(counter, grab);
+        const int64_t then = looks_ahead ? team.take(counter, grab) : num_tiles;
         for (int64_t tile = start; tile < end;) {
             const int64_t tiles = tile + group <= end ? group : 1;
             const char* const next = where(tile + tiles < end ? tile + tiles : then < num_tiles ? then : tile);
@@ -505,6 +508,6 @@ INLINE void product(const Matrix& m, const Activation& a, int64_t rows, Team& te
             }
             tile += tiles;
         }
-        start = then;
+        start = looks_ahead ? then : team.take(counter, grab);
     }
 }

@@ -46,7 +46,7 @@ inline void pause_thread() {
 #endif
 }
 
-// Looks at a phase before the processor is offered to others: some fifty microseconds.
+// Looks at a phase before the processor is offered to others: up to fifty microseconds.
 constexpr int64_t kPatience = 1024;
 
 // One thread's view of the team that runs a call. Every thread goes through the same phases in the same order.

@@ -44,10 +44,13 @@ def test_what_is_no_number_stays_so(kind: str, instruction_set: str) -> None:
     weight = torch.randn(40, 33)
     matrix = PackedMatrix(weight.bfloat16() if kind == "bfloat16" else weight, quantize=kind == "int8")
     x = torch.randn(3, 33)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x[1, 5] = bad
+        out = apply(matrix, x)
+        assert not out[1].isfinite().any()
+        assert out[0].isfinite().all() and out[2].isfinite().all()
     x[1, 5] = torch.nan
-    logits = apply(matrix, x, softcap=15.0)
-    assert logits[1].isnan().all()
-    assert logits[0].isfinite().all() and logits[2].isfinite().all()
+    assert apply(matrix, x, softcap=15.0)[1].isnan().all()
 
 
 def spread(x: torch.Tensor) -> float:
@@ -71,6 +74,10 @@ def test_bfloat16_weights_in_whole_numbers_never_overflow(instruction_set: str) 
     spiky[77] = 40.0
     rows = [ones, -ones, last, spiky, torch.randn(k), ones * 1e30, torch.randn(k) * 1e-30, torch.zeros(k)]
     rows += [weight[i].float() for i in range(3)]
+    for total in (2**31 // 8191 - 164, 2**31 // 8191):  # rounded up in 127 places of every span, with the slack and without
+        rounded_up = torch.full((3, 128), 2000.51)
+        rounded_up[:, 5] = total - 127 * 2000.51
+        rows.append(rounded_up.flatten())
     x = torch.stack(rows)
     if "bf16" in instruction_set:
         x = x.bfloat16().float()
@@ -83,7 +90,7 @@ def test_bfloat16_weights_in_whole_numbers_never_overflow(instruction_set: str) 
 
 @needs_native
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 16), (40, 33), (130, 96), (272, 768)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 16), (40, 33), (130, 96), (48, 200), (272, 768)])
 @torch.no_grad()
 def test_products_and_rows_that_do_not_see_each_other(kind: str, n: int, k: int, instruction_set: str) -> None:
     """Against torch; and every row bit-equal alone and in batches of all sizes."""
