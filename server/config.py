@@ -223,7 +223,7 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         "--prefill-window",
         type=_count,
         metavar="N",
-        help="largest refinement window (default 24 with native kernels and recurrence, else 128; at most the rows of a step)",
+        help="largest refinement window (default 16 with native kernels and recurrence, else 128; at most the rows of a step)",
     )
     add(
         "--prefill-tolerance",

@@ -33,7 +33,7 @@ DEFAULT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 SMALL_MODEL = 16 * 2**20
 """Parameters below which the weights may stay in a CPU's cache; bfloat16 and a second thread then cost more than they save
 (measured with 6 million parameters on two cores)."""
-NARROW_WINDOW = 24
+NARROW_WINDOW = 16
 """Rows of a window where rows are dear (measured: docs/bench)."""
 _MEMORY_SHARE = 0.4
 """Largest share of the memory still available that the cache takes unless told otherwise."""

@@ -111,7 +111,7 @@ def test_defaults(memory: dict[str, int]) -> None:
     config = resolve(options(), CONFIG, torch.float32)
     assert config.max_model_len == CONFIG.sequence_len == 64
     assert config.num_blocks == 64 * 64 // 16, "64 sequences of full length"
-    assert (config.window, config.prefill, config.tolerance) == (24 if is_native() else 128, "window", 1e-5)
+    assert (config.window, config.prefill, config.tolerance) == (16 if is_native() else 128, "window", 1e-5)
     with native(False):
         assert resolve(options(), CONFIG, torch.float32).window == 128
     assert resolve(options(device="cuda"), CONFIG, torch.bfloat16).window == 128
