@@ -63,11 +63,11 @@ def _measure(args: argparse.Namespace, report: Report) -> None:
     try:
         if args.mode == "checkpoint":
             return checkpoint.run(args, report)
+        if args.mode in SEVERAL_MODELS:
+            set_threads(args, shapes.D12 if args.model == shapes.D12_NAME else load_config(args.model or BUNDLED))
         limits = measure_limits()
         report.head["limits"] = limits.to_dict()
         print(limits.row(), flush=True)
-        if args.mode in SEVERAL_MODELS:
-            set_threads(args, shapes.D12 if args.model == shapes.D12_NAME else load_config(args.model or BUNDLED))
         modes = {
             "offline": offline,
             "prefill": prefill,

@@ -87,7 +87,7 @@ def _oracle_work(reader: Reader) -> Work:
 def _figure(reader: Reader, samples: Sequence[float], limits: Limits) -> Figure:
     """Prompt tokens per second, passes per token, and the share of the matrix rate that all rows together take."""
     figure = Figure(reader.name, "tok/s", samples)
-    flops_per_token = reader.subject.cost.prompt_flops(1, len(reader.ids) / 2, reader.rows_per_token)
+    flops_per_token = reader.subject.cost.prompt_flops(len(reader.ids), reader.rows_per_token) / len(reader.ids)
     share = figure.median * flops_per_token / limits.gemm(reader.subject.model.dtype)
     details = {"passes_per_token": reader.rows_per_token, "gemm_fraction": share, "prompt_len": len(reader.ids)}
     return Figure(

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lrt_core import kernels
+from lrt_core.attention import visible
 from lrt_core.checkpoint import load_config, load_model, load_tokenizer
 from lrt_core.config import ModelConfig, RecurrenceConfig
 from lrt_core.model import LatentRecurrentTransformer
@@ -281,9 +282,21 @@ def test_cost_of_a_prompt_leaves_out_what_passes_leave_out() -> None:
     """Of three layers the one above the source is computed once, its memory projections with it."""
     last, upper = (cost_of(tiny_model(tiny_config(num_layers=3, recurrence=RecurrenceConfig(source)))) for source in (2, 1))
     assert last.above_source == 0 and upper.above_source == pytest.approx(1 / 3, abs=0.02)
-    assert last.prompt_flops(10, 5, 4) == last.flops(40, 5, 0)
-    assert upper.prompt_flops(10, 5, 4) == pytest.approx(upper.flops(30, 5, 0), rel=0.02)
-    assert upper.prompt_flops(10, 5, 1) == upper.flops(10, 5, 0)
+    keys = last.mean_keys_seen(10)
+    assert last.prompt_flops(10, 4) == last.flops(40, keys, 0)
+    assert upper.prompt_flops(10, 4) == pytest.approx(upper.flops(30, keys, 0), rel=0.02)
+    assert upper.prompt_flops(10, 1) == upper.flops(10, keys, 0)
+
+
+def test_cost_knows_how_far_a_layer_sees() -> None:
+    """A short layer's query sees half of 64 tokens and itself; counted as the mask of attention counts."""
+    config = tiny_config(num_layers=3, sequence_len=64, window_pattern="SL", recurrence=None)
+    cost = cost_of(tiny_model(config))
+    for length in (1, 20, 33, 34, 64, 65, 200):
+        positions = torch.arange(length)
+        masks = [visible(positions, positions, config.window(layer)) for layer in range(3)]
+        assert cost.keys_seen(length) == sum(int(mask[-1].sum()) for mask in masks)
+        assert cost.mean_keys_seen(length) == pytest.approx(sum(float(mask.sum()) for mask in masks) / length)
 
 
 def test_cost_of_d12() -> None:
