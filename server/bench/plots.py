@@ -65,14 +65,14 @@ def _panels(number: int, x: str, y: str) -> tuple[Picture, list[Axes]]:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import StrMethodFormatter
 
     picture, grid = pyplot.subplots(1, max(1, number), figsize=(6 * max(1, number), 4.5), squeeze=False, sharey=True)
     for panel in grid[0]:
         panel.set(xlabel=x, yscale="log")
         panel.set_xscale("log", base=2)
         for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_formatter(ScalarFormatter())
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.grid(visible=True, which="both", alpha=0.3)
     grid[0][0].set_ylabel(y)
     return picture, list(grid[0])
