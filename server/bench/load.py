@@ -167,8 +167,7 @@ class LoadRun:
                 raise
             connection.close()  # its server had closed it, as it may: the request goes over a new one
             status = await connection.send("POST", PATH, exchange.body)
-        async for part in connection.body():
-            exchange.parts.append(part)
+        exchange.parts = await connection.body()
         exchange.finished = time.perf_counter()
         if status != 200:
             exchange.error = error_text(status, b"".join(data for _, data in exchange.parts))

@@ -165,7 +165,7 @@ def test_a_connection_that_is_to_be_closed_is_not_used_again() -> None:
     async def once(url: str) -> bool:
         connection = Connection(Address.parse(url))
         await connection.send("GET", "/")
-        assert [part async for _, part in connection.body()] == [b"abc"]
+        assert [part for _, part in await connection.body()] == [b"abc"]
         return connection.is_open
 
     head = b"HTTP/1.1 200 OK\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -185,7 +185,7 @@ def test_a_connection_serves_several_requests() -> None:
         answers = []
         for _ in range(2):
             assert await connection.send("GET", "/v1/models") == 200
-            answers.append(b"".join([part async for _, part in connection.body()]))
+            answers.append(b"".join(part for _, part in await connection.body()))
             assert connection.is_open
         connection.close()
         assert not connection.is_open
