@@ -12,6 +12,7 @@ import torch
 
 from lrt_core.checkpoint import CheckpointError, load_generation_config, load_model, load_tokenizer
 from lrt_core.generate import generate
+from lrt_core.hardware import limit_threads
 from lrt_core.sampling_params import SamplingParams
 from lrt_core.text import TextDecoder
 
@@ -34,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
+    limit_threads()
     defaults = load_generation_config(args.checkpoint)
     params = SamplingParams(
         temperature=defaults.temperature if args.temperature is None else args.temperature,

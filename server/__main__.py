@@ -8,6 +8,7 @@ the process at once. A dead engine ends it with status 1. Neighbours: `config.py
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -159,8 +160,11 @@ def _serve(settings: ServerConfig, listener: socket.socket) -> int:
         from server.api.malformed import protocol
 
         service, greeting = _load(settings, keys)
+    app = create_app(service)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: to look through it for garbage takes 160 ms, during which nobody gets a token
     config = uvicorn.Config(
-        create_app(service),
+        app,
         http=protocol(),
         log_config=None,
         log_level="warning" if settings.log_level == "info" else settings.log_level,
@@ -178,6 +182,7 @@ def _load(settings: ServerConfig, keys: Sequence[str] = ()) -> tuple[Service, st
     import torch
 
     from lrt_core.checkpoint import BUNDLED, CheckpointError, load_config
+    from lrt_core.hardware import limit_threads
     from lrt_core.kernels import instruction_set
     from lrt_core.native_model import NativeModel
     from server.api.auth import ApiKeys
@@ -188,6 +193,7 @@ def _load(settings: ServerConfig, keys: Sequence[str] = ()) -> tuple[Service, st
     checkpoint = settings.checkpoint or BUNDLED
     names = settings.served_model_name or (checkpoint.resolve().name if settings.checkpoint else BUNDLED_NAME,)
     started = time.monotonic()
+    limit_threads()
     try:
         trained_len = load_config(checkpoint).sequence_len
         metrics = EngineMetrics(settings.metrics_prefix, names[0], settings.max_model_len or trained_len)
@@ -208,7 +214,8 @@ def _load(settings: ServerConfig, keys: Sequence[str] = ()) -> tuple[Service, st
     path = f"{recurrence.variant}, source layer {recurrence.source_layer}" if recurrence else "off"
     weights = dtype if settings.quantize == "none" else f"{settings.quantize} weights, {dtype}"
     kernels = f"native kernels ({instruction_set()})" if isinstance(model, NativeModel) else "torch kernels"
-    operators = f"{weights}, {kernels}"
+    num_threads = torch.get_num_threads()
+    operators = f"{weights}, {kernels}, {num_threads} thread{'s' if num_threads > 1 else ''}"
     greeting = f"serving {names[0]} ({checkpoint}): recurrence {path}; {operators}; cache of {engine.config.capacity} tokens"
     greeting += "; API key needed" if keys else ""
     service = Service(

@@ -231,7 +231,12 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         metavar="X",
         help="relative change below which a memory counts as settled (default 1e-5 in float32, 4e-3 in bfloat16)",
     )
-    add("--threads", type=_count, metavar="N", help="threads of one operator (default: one per core, 1 for a small model)")
+    add(
+        "--threads",
+        type=_count,
+        metavar="N",
+        help="threads of one operator (default: one per core, within a quota; 1 for a small model)",
+    )
     add("--no-prefix-caching", action="store_true", help="compute every prompt anew instead of reusing common beginnings")
     add("--deterministic", action="store_true", help="bit-equal logprobs in any batch; prompts are read token by token")
     add("--check-invariants", action="store_true", help="verify the cache's books after every step; a failure stops the engine")

@@ -15,6 +15,7 @@ from types import FrameType
 import torch
 
 from lrt_core.checkpoint import load_tokenizer
+from lrt_core.hardware import limit_threads
 from lrt_core.tokenizer import Tokenizer
 from training.command import device_of
 from training.config import PRESETS, TrainingConfig
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    limit_threads()
     device = local_device(device_of(_device_name(options)))
     check_together(options)
     _check_packages(options)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from lrt_core.config import ModelConfig, RecurrenceConfig, Variant
-from lrt_core.hardware import has_fast_bf16
+from lrt_core.hardware import has_fast_bf16, limit_threads
 from lrt_core.model import LatentRecurrentTransformer
 from training.command import positive, status_of
 from training.schedules.registry import bind, entry
@@ -197,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
+    limit_threads()
     if args.threads:
         torch.set_num_threads(args.threads)
     shape = Shape(*(getattr(args, name) for name in Shape._fields))

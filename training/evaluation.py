@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lrt_core.checkpoint import load_model, load_tokenizer
+from lrt_core.hardware import limit_threads
 from lrt_core.model import LatentRecurrentTransformer
 from lrt_core.tokenizer import Tokenizer
 from training import evaluation_plots
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
+    limit_threads()
     if args.plots is not None:
         evaluation_plots.require()
     if not 0 < args.tolerance < 1:

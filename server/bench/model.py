@@ -15,6 +15,7 @@ import torch
 
 from lrt_core.checkpoint import BUNDLED, load_config, load_model
 from lrt_core.config import ModelConfig, RecurrenceConfig
+from lrt_core.hardware import limit_threads
 from lrt_core.model import LatentRecurrentTransformer
 from lrt_core.native_model import NativeModel, Quantization
 from lrt_core.refine import refine
@@ -95,6 +96,7 @@ def resolve_dtype(args: Namespace, config: ModelConfig) -> torch.dtype:
 
 def set_threads(args: Namespace, config: ModelConfig) -> None:
     """As many threads as asked for; else as many as the server would take."""
+    limit_threads()
     if args.threads or is_small(config, "cpu"):
         torch.set_num_threads(args.threads or 1)
 

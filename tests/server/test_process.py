@@ -44,7 +44,7 @@ def test_a_process_from_start_to_a_clean_end(checkpoint: Path) -> None:
     with server(checkpoint, "--max-model-len", "2000", "--kv-cache-memory", "8M") as (process, line, url):
         assert re.fullmatch(
             rf"INFO: serving tiny \({re.escape(str(checkpoint))}\): recurrence layerwise, source layer 2; float32, "
-            r"(native kernels \(\w+\)|torch kernels); cache of \d+ tokens; listening on http://127\.0\.0\.1:\d+\n",
+            r"(native kernels \(\w+\)|torch kernels), 1 thread; cache of \d+ tokens; listening on http://127\.0\.0\.1:\d+\n",
             line,
         )
         body = {"model": "tiny", "prompt": "def f", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -118,7 +118,7 @@ def test_dead_engine_ends_it_with_status_1(checkpoint: Path) -> None:
 def test_without_native_kernels_torch_serves_and_the_start_says_so(checkpoint: Path) -> None:
     """As where the package's build found no compiler."""
     with altered(checkpoint, "import lrt_core.kernels as k\nk._library = None") as (process, line, url):
-        assert "; float32, torch kernels; " in line
+        assert "; float32, torch kernels, 1 thread; " in line
         body = {"model": "tiny", "prompt": "a", "max_tokens": 3, "ignore_eos": True}
         response = httpx.post(url + "/v1/completions", json=body, timeout=30)
         assert (response.status_code, response.json()["usage"]["completion_tokens"]) == (200, 3)

@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 import signal
 from collections import deque
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lrt_core.files import replaced_directory, sync, write_json
+from lrt_core.hardware import usable_processors
 from lrt_core.tokenizer import Tokenizer
 from training.data.documents import Document, Sources, advancing, fitting_limit, validation_limit
 from training.data.encode import ENTRY, Batch, ConversationEncoder, Encoder
@@ -102,7 +102,7 @@ def open_shards(root: Path, recipe: Recipe, num_processes: int | None = None) ->
             shutil.rmtree(folder)  # no run can have begun on it
         if not folder.exists():
             with replaced_directory(folder, lambda name: False) as temporary:
-                _make(temporary, recipe, key, num_processes or len(os.sched_getaffinity(0)))
+                _make(temporary, recipe, key, num_processes or usable_processors())
     shards = ShardSet(folder)
     if shards.meta["key"] != key or shards.meta["version"] != VERSION:
         raise DataError(f"{folder}: holds another set than its name says; delete the folder and start again")

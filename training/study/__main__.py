@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from lrt_core.files import read_json
+from lrt_core.hardware import limit_threads
 from lrt_core.tokenizer import Tokenizer
 from training.command import device_of, positive, status_of
 from training.config import PYTHON_SOURCES
@@ -63,6 +64,7 @@ def _study(args: argparse.Namespace) -> None:
     if args.report_only:
         return _report(folder, plan)
     device_of(args.device)
+    limit_threads()
     with exclusively(folder):
         _run(plan, folder, args)
 
