@@ -21,7 +21,7 @@ from torch import Tensor
 from lrt_core.kernels.plan import declare
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_VERSION = 8
+_VERSION = 9
 """Of the library's functions; raised with every change of one, so that a library from an older build is not called."""
 _EPS = torch.finfo(torch.float32).eps
 """Of every norm, in bfloat16 too."""

@@ -9,18 +9,19 @@
 
 namespace lrt {
 
-enum Kind : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt16 = 3 };
+enum Kind : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt12 = 3 };
 
 // Outputs of one packed tile; `packing.py` lays weights out in tiles of this width.
 constexpr int64_t kTile = 16;
 
-// Whole numbers of 16 bits are summed exactly in 32 over so many k at a time: a row's activations are scaled so that with weights
-// of at most this size no sum can come to more. `packing.py` has the same number.
-constexpr int64_t kMostWeight = 8191, kSpan = 128;
+// Weights of 12 bits have a scale for every kSpan of them, and products of so many are summed exactly in 32 bits: a row's
+// activations are scaled so that with weights of at most this size no sum can come to more. `packing.py` has the same numbers.
+constexpr int64_t kMostWeight = 2047, kSpan = 128;
 
-// A weight [n, k] in tiles of 16 outputs, zero-padded to multiples of 16 both ways: float32 [n/16][k][16],
-// bfloat16 and int16 [n/16][k/2][16][2], int8 [n/16][k/4][16][4]. Whole numbers have one scale per output, int8 also -128 times
-// the sum of an output's weights. Those of 16 bits reach from -kMostWeight to kMostWeight.
+// A weight [n, k] in tiles of 16 outputs, zero-padded to multiples of 16 both ways: float32 [n/16][k][16], bfloat16
+// [n/16][k/2][16][2], int8 [n/16][k/4][16][4], whole numbers of 12 bits [n/16][k/4][96 bytes]: the upper 8 bits of [2][16][2] of
+// them, then the lower 4 of [16][2], those of the second half in the upper half of a byte. Int8 has one scale per output, and
+// -128 times the sum of an output's weights; 12 bits have scales [n/16][k/kSpan][16], those of the last k for fewer of them.
 struct Matrix {
     const void* data;
     const float* scales;

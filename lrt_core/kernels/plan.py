@@ -13,7 +13,9 @@ from torch import Tensor
 
 TILE = 16
 """Outputs of one packed tile."""
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int16: 3}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+TWELVE_BITS = 3
+
 MOST_QUERIES = 16
 """Query heads of one key/value head that native attention takes."""
 PARTIAL_SIZE = 2**21

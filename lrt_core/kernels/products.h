@@ -6,19 +6,42 @@
 constexpr int kVectorsPerTile = kTile / LANES;
 constexpr bool kHasPairs = PAIRS;
 
-// Weights that other blocks of rows leave to this one to fetch, `step` bytes at every move of a cursor: memory is then as busy
-// while rows meet tiles that are there as while it is waited for.
+// Weights that other blocks of rows leave to this one to fetch, `step` bytes at every move of a cursor for each of its tiles,
+// `tile` bytes apart: memory is then as busy while rows meet tiles that are there as while it is waited for.
 struct Ahead {
     const char* at;
     int64_t step;
+    int64_t tile;
 };
 
-// Where a block of rows and tiles stands in k: it moves by 128 bytes of every tile, which are kMove numbers of each row. Four
+// Four k of a tile in whole numbers of 12 bits; `plan.h` says how they lie.
+struct Twelve {
+    uint8_t bytes[96];
+};
+
+// What a cursor moves by: bytes of every tile, and numbers of each row. is_near: the tiles are in the nearest cache.
+template <typename W>
+struct Move {
+    static constexpr int kBytes = 128, kNumbers = 128 / (kTile * static_cast<int>(sizeof(W)));
+    static constexpr bool kIsNear = false;
+};
+template <>
+struct Move<Twelve> {
+    static constexpr int kBytes = 96, kNumbers = 4;
+    static constexpr bool kIsNear = false;
+};
+template <>
+struct Move<int16_t> {
+    static constexpr int kBytes = 128, kNumbers = 4;
+    static constexpr bool kIsNear = true;
+};
+
+// Where a block of rows and tiles stands in k: it moves by kMove numbers of each row. Four
 // rows go by one pointer, and it is kept from the compiler that the pointers could be computed from each other: by its own
 // choice it adds so many numbers that these, and not the products, take the time.
 template <int kRows, int kTiles, typename W, typename X>
 struct Cursor {
-    static constexpr int kMove = 128 / (kTile * static_cast<int>(sizeof(W)));
+    static constexpr int kMove = Move<W>::kNumbers;
     static constexpr int kFours = (kRows + 3) / 4;
     const X* fours[kFours];
     const W* tiles[kTiles];
@@ -47,9 +70,11 @@ struct Cursor {
 #pragma GCC unroll 16
             for (int i = 0; i < kTiles; ++i) {
                 const char* const start = reinterpret_cast<const char*>(tiles[i]);
-                __builtin_prefetch(start + 2048);
-                __builtin_prefetch(start + 2048 + 64);
-                __builtin_prefetch(ahead.at + 64 * i, 0, 2);
+                if (!Move<W>::kIsNear) {
+                    __builtin_prefetch(start + 2048);
+                    __builtin_prefetch(start + 2048 + 64);
+                }
+                    if (Move<W>::kIsNear) __builtin_prefetch(ahead.at + i * ahead.tile, 0, 3); else __builtin_prefetch(ahead.at + i * ahead.tile, 0, 2);
             }
             ahead.at += ahead.step;
         }
@@ -59,7 +84,7 @@ struct Cursor {
             asm("" : "+r"(fours[i]));
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < kTiles; ++i) tiles[i] += 128 / sizeof(W);
+        for (int i = 0; i < kTiles; ++i) tiles[i] += Move<W>::kBytes / sizeof(W);
     }
 };
 
@@ -166,7 +191,7 @@ INLINE void accumulate(Cursor<kRows, kTiles, uint16_t, uint16_t> at, int64_t dep
 #endif
 
 // Weights of these kinds are multiplied in whole numbers.
-INLINE bool is_whole(int32_t kind) { return (VNNI && kind == kInt8) || (PAIRS && kind == kInt16); }
+INLINE bool is_whole(int32_t kind) { return (VNNI && kind == kInt8) || (PAIRS && kind == kInt12); }
 
 // Rows of activations [rows, stride], the numbers behind the last column zero: in float32, and where the processor multiplies
 // pairs of bfloat16 in that type too, for bfloat16 weights; rows that meet weights in whole numbers become such by `quantize`.
@@ -276,7 +301,7 @@ INLINE int64_t tiles_at_once(int64_t rows, Kind) { return rows == 1 ? 4 : rows <
 constexpr int64_t kMostTiles = 8;
 INLINE int64_t most_rows(Kind kind) {
     if (VNNI && kind == kInt8) return 6;
-    return LANES == 16 && !VNNI && kind == kInt16 ? 8 : kMostRows;  // its products need registers before they are sums
+    return LANES == 16 && !VNNI && kind == kInt12 ? 8 : kMostRows;  // its products need registers before they are sums
 }
 
 template <int kRows, int kTiles, typename W, typename A>
@@ -356,19 +381,56 @@ INLINE void add_pairs(VI& sum, VI a, VI b) { sum += (VI)_mm512_madd_epi16((__m51
 INLINE void add_pairs(VI& sum, VI a, VI b) { sum += (VI)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 #endif
 
-// The same for int16 weights and activations in whole numbers: sums over kSpan of them are exact.
+// Weights and activations in whole numbers: sums over kSpan of them are exact. scales: of the first tile, of which there are
+// `scale_stride` a tile.
 struct Numbers {
     const int16_t* numbers;
-    const float* steps;
     const float* scales;
+    int64_t scale_stride;
 };
 
+// Bytes with and without a sign, as numbers of 16 bits.
+#if LANES == 16
+typedef __m512i VNumbers;
+INLINE VNumbers signed_bytes(const uint8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+INLINE VNumbers bytes(const uint8_t* p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+INLINE VNumbers times_16(VNumbers x) { return _mm512_slli_epi16(x, 4); }
+INLINE VNumbers over_16(VNumbers x) { return _mm512_srli_epi16(x, 4); }
+#else
+typedef __m256i VNumbers;
+INLINE VNumbers signed_bytes(const uint8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+INLINE VNumbers bytes(const uint8_t* p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+INLINE VNumbers times_16(VNumbers x) { return _mm256_slli_epi16(x, 4); }
+INLINE VNumbers over_16(VNumbers x) { return _mm256_srli_epi16(x, 4); }
+#endif
+
+// Vector c of a tile's outputs in 16 bits: the first two k and the second two.
+INLINE void unpack(const Twelve* w, int c, VI (&parts)[2]) {
+    const uint8_t* const at = w->bytes + c * 2 * LANES;
+    const VNumbers lower = bytes(at + 64);
+    parts[0] = (VI)times_16(signed_bytes(at)) | ((VI)lower & 0x000f000f);
+    parts[1] = (VI)times_16(signed_bytes(at + 32)) | (VI)over_16(lower);
+}
+
+// Vector c of all tiles at the cursor.
+template <int kRows, int kTiles>
+INLINE void weights_at(const Cursor<kRows, kTiles, Twelve, int16_t>& at, int c, VI (&parts)[2]) {
+    unpack(at.tiles[c / kVectorsPerTile], c % kVectorsPerTile, parts);
+}
+
+template <int kRows, int kTiles>
+INLINE void weights_at(const Cursor<kRows, kTiles, int16_t, int16_t>& at, int c, VI (&parts)[2]) {
+    parts[0] = at.template weights<VI>(c, 0);
+    parts[1] = at.template weights<VI>(c, 1);
+}
+
+// Adds to `out` the products with weights of 12 bits, packed or unpacked, of any number of spans, but for the rows' steps.
 template <int kRows, int kTiles, typename W, typename A>
-NOINLINE void multiply_block(const int16_t* w, int64_t tile_size, const Numbers* a, int64_t stride, int64_t depth, const Ahead& ahead,
+NOINLINE void multiply_block(const W* w, int64_t tile_size, const Numbers* a, int64_t stride, int64_t depth, const Ahead& ahead,
                              float* out) {
     constexpr int kVectors = kTiles * kVectorsPerTile;
-    Cursor<kRows, kTiles, int16_t, int16_t> at(w, tile_size, a->numbers, stride, ahead);
-    for (int i = 0; i < kRows * kVectors; ++i) store(out + i * LANES, VF{});
+    Cursor<kRows, kTiles, W, int16_t> at(w, tile_size, a->numbers, stride, ahead);
+    const float* scales = a->scales;
     for (int64_t start = 0; start < depth; start += kSpan) {
         VI sums[kRows][kVectors];
 #pragma GCC unroll 16
@@ -376,36 +438,33 @@ NOINLINE void multiply_block(const int16_t* w, int64_t tile_size, const Numbers*
 #pragma GCC unroll 16
             for (int c = 0; c < kVectors; ++c) sums[r][c] = VI{};
         }
+        for (int i = 0; i < kTiles; ++i) __builtin_prefetch(scales + i * a->scale_stride);
         const int64_t end = start + kSpan < depth ? start + kSpan : depth;
         for (int64_t k = start; k < end; k += at.kMove) {
+            VI weights[kVectors][2];
+#pragma GCC unroll 16
+            for (int c = 0; c < kVectors; ++c) weights_at(at, c, weights[c]);
 #pragma GCC unroll 2
             for (int part = 0; part < 2; ++part) {
-                VI weights[kVectors];
-#pragma GCC unroll 16
-                for (int c = 0; c < kVectors; ++c) weights[c] = at.template weights<VI>(c, part);
 #pragma GCC unroll 16
                 for (int r = 0; r < kRows; ++r) {
                     const VI x = load_lane(at.row(r) + 2 * part) - VI{};
 #pragma GCC unroll 16
-                    for (int c = 0; c < kVectors; ++c) add_pairs(sums[r][c], x, weights[c]);
+                    for (int c = 0; c < kVectors; ++c) add_pairs(sums[r][c], x, weights[c][part]);
                 }
             }
             at.move(at.kMove);
         }
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
+        for (int c = 0; c < kVectors; ++c) {
+            const VF scale = load<VF>(scales + c / kVectorsPerTile * a->scale_stride + c % kVectorsPerTile * LANES);
 #pragma GCC unroll 16
-            for (int c = 0; c < kVectors; ++c) {
+            for (int r = 0; r < kRows; ++r) {
                 float* const part = out + (r * kVectors + c) * LANES;
-                store(part, load<VF>(part) + __builtin_convertvector(sums[r][c], VF));
+                store(part, load<VF>(part) + __builtin_convertvector(sums[r][c], VF) * scale);
             }
         }
-    }
-    for (int r = 0; r < kRows; ++r) {
-        for (int c = 0; c < kVectors; ++c) {
-            float* const part = out + (r * kVectors + c) * LANES;
-            store(part, (load<VF>(part) * a->steps[r]) * load<VF>(a->scales + c * LANES));
-        }
+        scales += kTile;
     }
 }
 #endif
@@ -430,6 +489,16 @@ INLINE void multiply(const W* w, int64_t tiles, int64_t tile_size, const A* a, i
     __builtin_unreachable();
 }
 
+// Each row of out [rows, tiles * 16] times its number.
+INLINE void scale_rows(float* out, int64_t rows, int64_t tiles, const float* by) {
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < tiles * kTile; c += LANES) {
+            float* const part = out + r * tiles * kTile + c;
+            store(part, load<VF>(part) * by[r]);
+        }
+    }
+}
+
 NOINLINE void multiply(const Matrix& m, int64_t tile, int64_t tiles, const Activation& a, int64_t row, int64_t rows, const Ahead& ahead,
                        float* out) {
     const int64_t depth = padded_size(m.k), size = depth * kTile, first = row * a.stride;
@@ -443,10 +512,13 @@ NOINLINE void multiply(const Matrix& m, int64_t tile, int64_t tiles, const Activ
         multiply(w, tiles, size, a.wide + first, a.stride, rows, depth, ahead, out);
 #endif
 #if PAIRS
-    } else if (m.kind == kInt16) {
-        const int16_t* w = static_cast<const int16_t*>(m.data) + tile * size;
-        const Numbers numbers{a.numbers() + first, a.steps + row, m.scales + tile * kTile};
-        multiply(w, tiles, size, &numbers, a.stride, rows, depth, ahead, out);
+    } else if (m.kind == kInt12) {
+        const Twelve* w = static_cast<const Twelve*>(m.data) + tile * depth / 4;
+        const int64_t scale_stride = (depth + kSpan - 1) / kSpan * kTile;
+        const Numbers numbers{a.numbers() + first, m.scales + tile * scale_stride, scale_stride};
+        for (int64_t i = 0; i < rows * tiles * kTile; i += LANES) store(out + i, VF{});
+        multiply(w, tiles, depth / 4, &numbers, a.stride, rows, depth, ahead, out);
+        scale_rows(out, rows, tiles, a.steps + row);
 #endif
     } else if (m.kind == kInt8) {
         const int8_t* w = static_cast<const int8_t*>(m.data) + tile * size;
@@ -469,9 +541,75 @@ NOINLINE void multiply(const Matrix& m, int64_t tile, int64_t tiles, const Activ
 
 // Bytes of a tile.
 INLINE int64_t tile_bytes(const Matrix& m) {
-    const int64_t size = m.kind == kFloat32 ? 4 : m.kind == kInt8 ? 1 : 2;
-    return padded_size(m.k) * kTile * size;
+    const int64_t size = padded_size(m.k) * kTile;
+    return m.kind == kFloat32 ? 4 * size : m.kind == kInt8 ? size : m.kind == kInt12 ? size / 2 * 3 : 2 * size;
 }
+
+#if PAIRS
+// `product` of weights in 12 bits with more rows than a block has. Weights are unpacked once for several blocks, a span of a few
+// tiles at a time, which stays in the nearest cache; meanwhile the next span is fetched.
+template <typename Take>
+INLINE void product_of_spans(const Matrix& m, const Activation& a, int64_t rows, Team& team, Take take) {
+    constexpr int64_t kMostBlocks = 11;
+    const Kind kind = static_cast<Kind>(m.kind);
+    const int64_t num_tiles = (m.n + kTile - 1) / kTile, size = tile_bytes(m), depth = padded_size(m.k);
+    const int64_t scale_stride = (depth + kSpan - 1) / kSpan * kTile;
+    const int64_t num_parts = (rows + kMostBlocks * most_rows(kind) - 1) / (kMostBlocks * most_rows(kind));
+    const int64_t group = tiles_at_once((rows + 1) / 2, kind);
+    const bool looks_ahead = num_tiles > 4 * group * team.num_threads;
+    constexpr int64_t kGroup = 2;
+    alignas(64) int16_t unpacked[kGroup * kSpan * kTile];
+    alignas(64) float out[kMostBlocks * kMostRows * kGroup * kTile];
+    int64_t* counter = team.next_counter();
+    const auto where = [&](int64_t tile) __attribute__((always_inline)) { return static_cast<const char*>(m.data) + tile * size; };
+    int64_t start = team.take(counter, group);
+    while (start < num_tiles) {
+        const int64_t then = looks_ahead ? team.take(counter, group) : num_tiles;
+        const int64_t width = start + group <= num_tiles ? group : num_tiles - start;
+        for (int64_t part = 0, row = 0; part < num_parts; ++part) {
+            const int64_t count = rows / num_parts + (part < rows % num_parts);
+            const int64_t num_blocks = (count + most_rows(kind) - 1) / most_rows(kind);
+            for (int64_t i = 0; i < count * width * kTile; i += LANES) store(out + i, VF{});
+            for (int64_t k = 0; k < depth; k += kSpan) {
+                const int64_t span = k + kSpan < depth ? kSpan : depth - k;
+                for (int64_t t = 0; t < width; ++t) {
+                    const Twelve* const w = reinterpret_cast<const Twelve*>(where(start + t)) + k / 4;
+                    int16_t* const to = unpacked + t * kSpan * kTile;
+                    for (int64_t i = 0; i < span / 4; ++i) {
+#pragma GCC unroll 2
+                        for (int c = 0; c < kVectorsPerTile; ++c) {
+                            VI parts[2];
+                            unpack(w + i, c, parts);
+                            store(to + 4 * i * kTile + c * 2 * LANES, parts[0]);
+                            store(to + (4 * i + 2) * kTile + c * 2 * LANES, parts[1]);
+                        }
+                    }
+                }
+                const bool is_last = k + kSpan >= depth;
+                const char* const next = is_last ? where(then < num_tiles ? then : start) : where(start) + (k + kSpan) * 24;
+                const int64_t share = kSpan * 24 / num_blocks;
+                const float* const scales = m.scales + start * scale_stride + k / kSpan * kTile;
+                for (int64_t block = 0, r = 0; block < num_blocks; ++block) {
+                    const int64_t height = count / num_blocks + (block < count % num_blocks);
+                    const Numbers numbers{a.numbers() + (row + r) * a.stride + k, scales, scale_stride};
+                    const Ahead ahead{next + block * share, share * 4 / kSpan, size};
+                    const int16_t* const w = unpacked;
+                    multiply(w, width, kSpan * kTile, &numbers, a.stride, height, span, ahead, out + r * width * kTile);
+                    r += height;
+                }
+            }
+            scale_rows(out, count, width, a.steps + row);
+            for (int64_t r = 0; r < count; ++r) {
+                for (int64_t c = 0; c < width * kTile; c += LANES) {
+                    take(row + r, start * kTile + c, load<VF>(out + r * width * kTile + c));
+                }
+            }
+            row += count;
+        }
+        start = looks_ahead ? then : team.take(counter, group);
+    }
+}
+#endif
 
 // a [rows, k] times all of `m`; every vector of the result goes to take(row, column, vector). Threads share the tiles. Where there
 // are several blocks of rows and tiles enough, each knows its next ones while it is at some: all blocks but the first fetch a share
@@ -481,6 +619,9 @@ INLINE void product(const Matrix& m, const Activation& a, int64_t rows, Team& te
     const int64_t num_tiles = (m.n + kTile - 1) / kTile, size = tile_bytes(m);
     const Kind kind = static_cast<Kind>(m.kind);
     const int64_t num_blocks = (rows + most_rows(kind) - 1) / most_rows(kind);
+#if PAIRS
+    if (kind == kInt12 && num_blocks > 1) return product_of_spans(m, a, rows, team, take);
+#endif
     const int64_t group = tiles_at_once((rows + num_blocks - 1) / num_blocks, kind);
     const int64_t grab = num_blocks == 1 && group < 4 ? 4 : group;
     const bool looks_ahead = num_blocks > 1 && num_tiles > 4 * grab * team.num_threads;
@@ -498,7 +639,7 @@ INLINE void product(const Matrix& m, const Activation& a, int64_t rows, Team& te
             for (int64_t block = 0, row = 0; block < num_blocks; ++block) {
                 const int64_t count = rows / num_blocks + (block < rows % num_blocks);
                 const char* const at = block == 0 ? where(tile) + (num_blocks - 1) * share : next + (block - 1) * share;
-                multiply(m, tile, tiles, a, row, count, Ahead{at, num_blocks == 1 ? 0 : 128 * tiles / num_blocks}, out);
+                multiply(m, tile, tiles, a, row, count, Ahead{at, num_blocks == 1 ? 0 : 128 * tiles / num_blocks, 64}, out);
                 for (int64_t r = 0; r < count; ++r) {
                     for (int64_t c = 0; c < tiles * kTile; c += LANES) {
                         take(row + r, tile * kTile + c, load<VF>(out + r * tiles * kTile + c));

@@ -85,7 +85,7 @@ def _int8_product(num_rows: int) -> Case:
 
     def make() -> Operation:
         weight = torch.randn(D12.intermediate_size, D12.hidden_size) * D12.hidden_size**-0.5
-        numbers, scales = quantize_rows(weight, torch.int8)
+        numbers, scales = quantize_rows(weight)
         x, matrix, rounded = (
             torch.randn(num_rows, D12.hidden_size),
             PackedMatrix(weight, quantize=True),

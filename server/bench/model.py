@@ -81,7 +81,7 @@ def _forms(label: str, model: LatentRecurrentTransformer, contraction: float | N
 
 def _subject(label: str, model: LatentRecurrentTransformer, contraction: float | None, quantize: Quantization) -> Subject:
     cost, served = cost_of(model), serving_model(model, MAX_LEN, quantize)
-    if isinstance(served, NativeModel) and quantize != "none":
+    if isinstance(served, NativeModel):
         cost = replace(cost, weight_bytes=served.step_bytes)
     label += "" if quantize == "none" else f" {quantize}"
     return Subject(label, served, model, cost, contraction, quantize)

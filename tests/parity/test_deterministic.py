@@ -112,7 +112,7 @@ def rounded(model: LatentRecurrentTransformer, form: Quantization) -> LatentRecu
     twin = copy.deepcopy(model)
     for name, weight in twin.named_parameters():
         if weight.ndim == 2 and "embedding" not in name and (form == "int8" or "memory_projection" in name):
-            numbers, scales = quantize_rows(weight.detach(), torch.int8)
+            numbers, scales = quantize_rows(weight.detach())
             weight.data = numbers.float() * scales.unsqueeze(1)
     return twin
 
