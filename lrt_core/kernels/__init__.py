@@ -76,7 +76,7 @@ def instruction_set() -> str:
 
 
 def has_pairs() -> bool:
-    """Whether it multiplies pairs of whole numbers of 16 bits, and bfloat16 weights had best be held as such."""
+    """Whether it multiplies pairs of whole numbers, and bfloat16 weights had best be held as such, of 12 bits."""
     return bool(library().lrt_has_pairs())
 
 

@@ -2,8 +2,8 @@
 
 bfloat16 weights are held as whole numbers of 12 bits with a scale for every 128 of an output, where the processor multiplies
 pairs of whole numbers and not of bfloat16: three quarters of the bytes to read, and one instruction takes twice the products
-of one in float32. A weight moves by at most 1/4094 of the largest among its 128. For normally distributed ones that is half of
-what bfloat16 itself has rounded away (root mean square), for one far above the others about twice as much.
+of one in float32. A weight moves by at most 1/4094 of the largest among its 128. For normally distributed ones that is a
+quarter of what bfloat16 itself has rounded away (root mean square); where one is far above the others, about as much.
 """
 
 from __future__ import annotations

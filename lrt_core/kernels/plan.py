@@ -15,6 +15,7 @@ TILE = 16
 """Outputs of one packed tile."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 TWELVE_BITS = 3
+"""Whole numbers of 12 bits, for which torch has no type."""
 
 MOST_QUERIES = 16
 """Query heads of one key/value head that native attention takes."""

@@ -19,7 +19,7 @@ struct Twelve {
     uint8_t bytes[96];
 };
 
-// What a cursor moves by: bytes of every tile, and numbers of each row. is_near: the tiles are in the nearest cache.
+// What a cursor moves by: bytes of every tile, and numbers of each row. kIsNear: the tiles are in the nearest cache.
 template <typename W>
 struct Move {
     static constexpr int kBytes = 128, kNumbers = 128 / (kTile * static_cast<int>(sizeof(W)));
@@ -36,9 +36,9 @@ struct Move<int16_t> {
     static constexpr bool kIsNear = true;
 };
 
-// Where a block of rows and tiles stands in k: it moves by kMove numbers of each row. Four
-// rows go by one pointer, and it is kept from the compiler that the pointers could be computed from each other: by its own
-// choice it adds so many numbers that these, and not the products, take the time.
+// Where a block of rows and tiles stands in k: it moves by kMove numbers of each row. Four rows go by one pointer, and it is kept
+// from the compiler that the pointers could be computed from each other: by its own choice it adds so many numbers that these,
+// and not the products, take the time.
 template <int kRows, int kTiles, typename W, typename X>
 struct Cursor {
     static constexpr int kMove = Move<W>::kNumbers;
@@ -74,7 +74,7 @@ struct Cursor {
                     __builtin_prefetch(start + 2048);
                     __builtin_prefetch(start + 2048 + 64);
                 }
-                    if (Move<W>::kIsNear) __builtin_prefetch(ahead.at + i * ahead.tile, 0, 3); else __builtin_prefetch(ahead.at + i * ahead.tile, 0, 2);
+                    __builtin_prefetch(ahead.at + i * ahead.tile, 0, Move<W>::kIsNear ? 3 : 2);
             }
             ahead.at += ahead.step;
         }
@@ -489,7 +489,8 @@ INLINE void multiply(const W* w, int64_t tiles, int64_t tile_size, const A* a, i
     __builtin_unreachable();
 }
 
-// Each row of out [rows, tiles * 16] times its number.
+// Each row of out [rows, tiles * 16] times its number: by itself and not on the way to whoever takes it, since with an addition
+// there it would be rounded once in one of two kernels and twice in the other.
 INLINE void scale_rows(float* out, int64_t rows, int64_t tiles, const float* by) {
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t c = 0; c < tiles * kTile; c += LANES) {
@@ -558,6 +559,7 @@ INLINE void product_of_spans(const Matrix& m, const Activation& a, int64_t rows,
     const int64_t group = tiles_at_once((rows + 1) / 2, kind);
     const bool looks_ahead = num_tiles > 4 * group * team.num_threads;
     constexpr int64_t kGroup = 2;
+    if (group > kGroup) __builtin_trap();
     alignas(64) int16_t unpacked[kGroup * kSpan * kTile];
     alignas(64) float out[kMostBlocks * kMostRows * kGroup * kTile];
     int64_t* counter = team.next_counter();
@@ -586,7 +588,7 @@ INLINE void product_of_spans(const Matrix& m, const Activation& a, int64_t rows,
                     }
                 }
                 const bool is_last = k + kSpan >= depth;
-                const char* const next = is_last ? where(then < num_tiles ? then : start) : where(start) + (k + kSpan) * 24;
+                const char* const next = is_last ? where(part + 1 == num_parts && then < num_tiles ? then : start) : where(start) + (k + kSpan) * 24;
                 const int64_t share = kSpan * 24 / num_blocks;
                 const float* const scales = m.scales + start * scale_stride + k / kSpan * kTile;
                 for (int64_t block = 0, r = 0; block < num_blocks; ++block) {

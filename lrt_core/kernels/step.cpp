@@ -313,7 +313,7 @@ const char* lrt_available_set(int64_t index) {
     return index < static_cast<int64_t>(lrt::available().size()) ? lrt::available()[index].name : nullptr;
 }
 
-// Whether it multiplies pairs of whole numbers, so that weights of 16 bits had best be such.
+// Whether it multiplies pairs of whole numbers, so that bfloat16 weights had best be such, of 12 bits.
 int32_t lrt_has_pairs() { return lrt::set.has_pairs; }
 
 // Use the index-th of them from now on; for tests and comparisons, while no other call runs. Workspaces must be cut anew.

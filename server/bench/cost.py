@@ -1,7 +1,7 @@
 """What a step of a model cannot do without: bytes to read and operations to compute; and the time the machine needs for them.
 
-Counted from the model's real parameters before they are fused or packed. Rows of embeddings are left out: a step reads a
-few rows of large tables.
+Counted from the model's real parameters before they are fused or packed, but for the bytes where native code serves: those are
+of what it reads. Rows of embeddings are left out: a step reads a few rows of large tables.
 """
 
 from __future__ import annotations

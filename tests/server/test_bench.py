@@ -19,6 +19,7 @@ from lrt_core.attention import visible
 from lrt_core.checkpoint import load_config, load_model, load_tokenizer
 from lrt_core.config import ModelConfig, RecurrenceConfig
 from lrt_core.model import LatentRecurrentTransformer
+from lrt_core.native_model import NativeModel
 from server.bench import kernels as bench_kernels
 from server.bench import limits, offline, plots, repeat, scheduler, shapes
 from server.bench.__main__ import main
@@ -29,6 +30,7 @@ from server.bench.limits import Limits
 from server.bench.model import CONTRACTION, bench_model, contraction
 from server.bench.repeat import Work, interleave
 from server.bench.report import Figure, Report, percentiles, ratios
+from server.engine.loader import serving_model
 from tests.helpers import contracting_model, tiny_config, tiny_model
 
 TINY_SHAPE = ModelConfig(vocab_size=320, sequence_len=64, num_layers=3, num_heads=4, num_kv_heads=4, hidden_size=32)
@@ -62,9 +64,14 @@ def test_offline_on_a_checkpoint(checkpoint: Path, tmp_path: Path, capsys: pytes
     assert data["limits"]["threads"] == torch.get_num_threads()
     assert all(value > 0 for value in data["limits"].values())
     assert names(data) == ["checkpoint: decode, 1 client(s)", "checkpoint: decode, 3 client(s)"]
+    weight_bytes = cost_of(tiny_model()).weight_bytes
+    served = serving_model(tiny_model(), 64)
+    if isinstance(served, NativeModel):
+        assert 1 <= served.step_bytes / weight_bytes < 1.02  # padded
+        weight_bytes = served.step_bytes
     for figure in data["figures"]:
         assert 0 < figure["low"] <= figure["median"] <= figure["high"] and len(figure["samples"]) == 3
-        assert figure["weight_bytes_per_step"] == cost_of(tiny_model()).weight_bytes
+        assert figure["weight_bytes_per_step"] == weight_bytes
         steps_per_second = figure["median"] / figure["clients"]
         bandwidth = data["limits"]["read_bandwidth_gb_s"] * 1e9
         assert figure["bandwidth_fraction"] == pytest.approx(
