@@ -57,8 +57,8 @@ class NativeModel:
     """Weights packed for native code, taken from `model`, which may be dropped afterwards. max_len bounds positions.
 
     quantize: which weights are int8 with a scale per output. `int8` takes in the memory projections: without them it gains less
-    at one client, and with them a ten-thousandth of the bits per byte is lost. `int8-memory` is those alone: layerwise recurrence
-    then costs a third less.
+    at one client, and with them a ten-thousandth of the bits per byte is lost. `int8-memory` is those alone: layerwise
+    recurrence then costs a third less.
     """
 
     def __init__(self, model: LatentRecurrentTransformer, max_len: int, quantize: Quantization = "none") -> None:

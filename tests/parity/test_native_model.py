@@ -108,9 +108,8 @@ def test_products_and_rows_that_do_not_see_each_other(kind: str, n: int, k: int,
         rounded = numbers * scales.repeat_interleave(SPAN, dim=1)[:, :k]
         assert spread(rounded - weight.float()) < 5e-4 * spread(weight.float())  # bfloat16's own: 1.5e-3
         largest = weight.float().abs().amax()
-        assert (
-            int(numbers.abs().max()) == MOST and float((rounded - weight.float()).abs().max()) <= largest / (2 * MOST) * 1.001
-        )
+        assert int(numbers.abs().max()) == MOST
+        assert float((rounded - weight.float()).abs().max()) <= largest / (2 * MOST) * 1.001
         assert torch.equal(PackedMatrix(weight.T.contiguous().T).data, matrix.data)
         weight = rounded
     x = torch.randn(150, k, generator=generator)  # more than any set unpacks weights for at once
