@@ -74,7 +74,7 @@ struct Cursor {
                     __builtin_prefetch(start + 2048);
                     __builtin_prefetch(start + 2048 + 64);
                 }
-                    __builtin_prefetch(ahead.at + i * ahead.tile, 0, Move<W>::kIsNear ? 3 : 2);
+                __builtin_prefetch(ahead.at + i * ahead.tile, 0, Move<W>::kIsNear ? 3 : 2);
             }
             ahead.at += ahead.step;
         }
