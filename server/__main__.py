@@ -227,6 +227,7 @@ def _load(settings: ServerConfig, keys: Sequence[str] = ()) -> tuple[Service, st
         max_body_size=settings.max_body_size,
         lenient=settings.lenient,
         max_logprobs=settings.max_logprobs,
+        stream_interval=settings.stream_interval,
         chat=chat,
         keys=ApiKeys(keys),
     )

@@ -51,6 +51,7 @@ class ServerConfig:
     check_invariants: bool = False
     max_body_size: int = 16 * 2**20
     max_logprobs: int = 20
+    stream_interval: int = 1
     shutdown_timeout: float = 60.0
     lenient: bool = False
     metrics_prefix: str = "lrt"
@@ -177,6 +178,7 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
     add("--api-key-file", metavar="FILE", help="more such keys, one a line")
     add("--max-body-size", type=parse_bytes, metavar="BYTES", help="largest request body, such as 512K (default 16M)")
     add("--max-logprobs", type=_at_least(int, 0), metavar="N", help="most logprobs a token may be asked for (default 20)")
+    add("--stream-interval", type=_count, metavar="N", help="tokens in one event of a stream, after the first (default 1)")
     add("--shutdown-timeout", type=_seconds, metavar="SECONDS", help="how long running requests may finish (default 60)")
     add("--lenient", action="store_true", help="answer unknown fields with a warning header instead of a 400")
     add(

@@ -259,7 +259,7 @@ async def answer(service: Service, request: Request, generation: Generation[Any]
     streams = service.engine.admit_all(requests)
     logger.debug("%s: %d prompts, user %r", generation.id, len(requests), fields.user)
     if fields.stream:
-        return EventStreamResponse(_events(generation, streams), streams, headers)
+        return EventStreamResponse(_events(generation, streams, service.stream_interval), streams, headers)
     async with aborting(streams):
         body = await until_disconnect(request.receive, _collect(generation, streams, num_logprobs > MANY_ITEMS))
     return Response(body, headers=dict(headers), media_type="application/json")
@@ -330,8 +330,9 @@ async def _collect(generation: Generation[Any], streams: Sequence[RequestStream]
         raise from_exception(error) from error
 
 
-async def _events(generation: Generation[Any], streams: Sequence[RequestStream]) -> AsyncGenerator[bytes, None]:
-    """Server-sent events: a chunk per delta, usage if asked for, [DONE]; a failure is an event of its own before that."""
+async def _events(generation: Generation[Any], streams: Sequence[RequestStream], interval: int) -> AsyncGenerator[bytes, None]:
+    """Server-sent events: a chunk per `interval` deltas of a sample, usage if asked for, [DONE]; a failure is an event before
+    that."""
     include_usage, is_continuous = generation.fields.include_usage, generation.fields.continuous_usage
     writer = ChunkWriter(generation.head, {"usage": None} if include_usage else {})
 
@@ -339,7 +340,7 @@ async def _events(generation: Generation[Any], streams: Sequence[RequestStream])
         return event(generation.body([chunk], usage=generation.usage())) if is_continuous else writer.write(chunk)
 
     try:
-        async with aclosing(merge(streams, KEEP_ALIVE_SECONDS)) as batches:
+        async with aclosing(merge(streams, KEEP_ALIVE_SECONDS, interval)) as batches:
             async for batch in batches:
                 yield b"".join([write(chunk) for item in batch for chunk in generation.chunks(*item)]) or KEEP_ALIVE
         if include_usage:

@@ -22,7 +22,8 @@ class Service:
     """model_names: what a request's `model` may say, the first being the one reported. fingerprint: of what answers
     (weights, dtype, prefill mode). created: Unix seconds. exposition: the metrics page. max_body_size: bytes.
     lenient: drop unknown fields with a warning header instead of refusing them. chat: None for a model without a template.
-    max_logprobs: bound of every count of logprobs. keys: of which requests must carry one, if there are any."""
+    max_logprobs: bound of every count of logprobs. keys: of which requests must carry one, if there are any.
+    stream_interval: tokens of a choice in one event of a stream."""
 
     engine: AsyncEngine
     model_names: tuple[str, ...]
@@ -34,6 +35,7 @@ class Service:
     chat: ChatTemplate | None = None
     max_logprobs: int = MAX_LOGPROBS
     keys: ApiKeys = NO_KEYS
+    stream_interval: int = 1
 
     def check_model(self, name: str) -> None:
         """Raise ApiError (404) unless `name` is served."""

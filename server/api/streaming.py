@@ -28,14 +28,14 @@ class _News:
     """Wakes the one that waits for news of several streams. A timer serves many waits: rewinding it for every token costs
     more than letting it run out and look."""
 
-    def __init__(self, streams: Sequence[DeltaStream], idle_seconds: float) -> None:
+    def __init__(self, streams: Sequence[DeltaStream], idle_seconds: float, interval: int) -> None:
         self._loop, self._idle_seconds = asyncio.get_running_loop(), idle_seconds
         self._is_set = True  # there may be something already
         self._waiter: asyncio.Future[bool] | None = None
         self._since = 0.0
         self._timer: asyncio.TimerHandle | None = None
         for stream in streams:
-            stream.listen(self._set)
+            stream.listen(self._set, interval)
 
     async def wait(self) -> bool:
         """Return at once if there was news since the last wait, else when there is; false after idle_seconds without."""
@@ -71,11 +71,13 @@ class _News:
                 self._waiter.set_result(False)
 
 
-async def merge(streams: Sequence[DeltaStream], idle_seconds: float) -> AsyncGenerator[list[tuple[int, Delta]], None]:
+async def merge(
+    streams: Sequence[DeltaStream], idle_seconds: float, interval: int = 1
+) -> AsyncGenerator[list[tuple[int, Delta]], None]:
     """Whatever arrived since the last batch, as (index of the stream, delta), one delta a sample; an empty batch after each
-    idle_seconds of silence. A stream's error is raised once what came before it was yielded. Closing it aborts what is
-    unfinished."""
-    news = _News(streams, idle_seconds)
+    idle_seconds of silence. A sample's deltas wait until `interval` have gathered, but for its first and its last. A stream's
+    error is raised once what came before it was yielded. Closing it aborts what is unfinished."""
+    news = _News(streams, idle_seconds, interval)
     try:
         while not all(stream.is_over for stream in streams):
             if not await news.wait():

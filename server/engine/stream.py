@@ -19,11 +19,14 @@ class DeltaStream:
     """
 
     def __init__(self, num_samples: int) -> None:
+        self._num_pushed = [0] * num_samples
+        """Deltas of each sample."""
         self.error: BaseException | None = None
         """What ended it, until an iteration has raised it."""
         self._arrived: list[Delta] = []
         self._num_unended = num_samples
         self._tell: Callable[[], None] | None = None
+        self._interval = 1
 
     @property
     def has_ended(self) -> bool:
@@ -40,7 +43,9 @@ class DeltaStream:
         self._arrived.append(delta)
         if delta.finish_reason is not None:
             self._num_unended -= 1
-        if self._tell is not None:
+        is_due = self._num_pushed[delta.index] % self._interval == 0 or delta.finish_reason is not None
+        self._num_pushed[delta.index] += 1
+        if self._tell is not None and is_due:
             self._tell()
 
     def fail(self, error: BaseException) -> None:
@@ -49,9 +54,10 @@ class DeltaStream:
         if self._tell is not None:
             self._tell()
 
-    def listen(self, tell: Callable[[], None] | None) -> None:
-        """Have `tell` called whenever something arrives; None: no more."""
-        self._tell = tell
+    def listen(self, tell: Callable[[], None] | None, interval: int = 1) -> None:
+        """Have `tell` called whenever something arrives, or, of each sample, with the first delta, every interval-th after it
+        and the last; None: no more."""
+        self._tell, self._interval = tell, interval
 
     def take(self) -> list[Delta]:
         """The deltas that have arrived, without waiting."""

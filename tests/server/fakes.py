@@ -155,7 +155,9 @@ class FakeEngine:
         return stream
 
 
-def make_app(engine: Any, *, max_body_size: int = 10_000, lenient: bool = False, keys: ApiKeys = NO_KEYS) -> FastAPI:
+def make_app(
+    engine: Any, *, max_body_size: int = 10_000, lenient: bool = False, keys: ApiKeys = NO_KEYS, stream_interval: int = 1
+) -> FastAPI:
     """The application around an engine, real or not, with its tokenizer's chat template."""
     source = engine.tokenizer.chat_template
     return create_app(
@@ -169,6 +171,7 @@ def make_app(engine: Any, *, max_body_size: int = 10_000, lenient: bool = False,
             lenient=lenient,
             chat=None if source is None else ChatTemplate(source, engine.tokenizer),
             keys=keys,
+            stream_interval=stream_interval,
         )
     )
 

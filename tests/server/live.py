@@ -34,11 +34,12 @@ class Live:
         model: LatentRecurrentTransformer | None = None,
         eos_ids: Collection[int] = TOKENIZER.eos_ids,
         max_logprobs: int = 20,
+        stream_interval: int = 1,
         **config: Any,
     ) -> None:
         self.model = model or tiny_model()
         self.engine: Engine = make_engine(self.model, eos_ids, **config)
-        self.max_logprobs = max_logprobs
+        self.options: dict[str, Any] = {"max_logprobs": max_logprobs, "stream_interval": stream_interval}
 
     def post(self, *bodies: dict[str, Any], headers: dict[str, str] | None = None) -> list[httpx.Response]:
         """The responses to several bodies, sent at once."""
@@ -49,9 +50,7 @@ class Live:
         await engine.start()
         assert TOKENIZER.chat_template is not None
         template = ChatTemplate(TOKENIZER.chat_template, TOKENIZER)
-        service = Service(
-            engine, ("tiny",), "fingerprint", 0, lambda: b"", 2**20, chat=template, max_logprobs=self.max_logprobs
-        )
+        service = Service(engine, ("tiny",), "fingerprint", 0, lambda: b"", 2**20, chat=template, **self.options)
         transport = httpx.ASGITransport(create_app(service), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             calls = [client.post(self.path, content=json.dumps(body), headers=headers) for body in bodies]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -217,17 +218,36 @@ def test_silence_is_filled_also_when_one_of_several_streams_has_ended(monkeypatc
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
+def test_tokens_gather_in_events_but_for_the_first_and_the_last() -> None:
+    async def run() -> list[bytes]:
+        goes = [threading.Event(), threading.Event(), threading.Event()]
+        end = Delta(0, "g", [7], finish_reason="length")
+        steps = [Delta(0, "a", [1]), goes[0], Delta(0, "b", [2]), Delta(0, "c", [3]), goes[1], Delta(0, "d", [4]), goes[2]]
+        client = Client(FakeEngine(lambda _request: [*steps, Delta(0, "e", [5]), end]), 3, stream=True, return_token_ids=True)
+        for num_parts, go in zip((1, 1, 2), goes, strict=True):
+            while len(client.parts) < num_parts:
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.02)  # what should wait has time to come
+            go.set()
+        await client.task
+        return client.parts
+
+    parts = asyncio.run(asyncio.wait_for(run(), 30))
+    assert [re.search(rb'"token_ids":\[([\d,]*)\]', part)[1] for part in parts[:-1]] == [b"1", b"2,3,4", b"5,7"]  # type: ignore[index]
+    assert [re.search(rb'"text":"(\w*)"', part)[1] for part in parts[:-1]] == [b"a", b"bcd", b"eg"]  # type: ignore[index]
+
+
 class Client:
     """A request whose client can go away at any moment; what it was sent is in `parts`."""
 
-    def __init__(self, engine: FakeEngine, **fields: Any) -> None:
+    def __init__(self, engine: FakeEngine, stream_interval: int = 1, **fields: Any) -> None:
         self.parts: list[bytes] = []
         self.status = 0
         self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         body = json.dumps({"model": "tiny", "prompt": "hi", **fields}).encode()
         self._inbox.put_nowait({"type": "http.request", "body": body, "more_body": False})
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
-        self.task = asyncio.ensure_future(make_app(engine)(scope, self._inbox.get, self._send))
+        self.task = asyncio.ensure_future(make_app(engine, stream_interval=stream_interval)(scope, self._inbox.get, self._send))
 
     @property
     def body(self) -> bytes:

@@ -33,7 +33,7 @@ from server.engine.engine import StepOutput
 from server.engine.model_runner import logits_rows
 from tests.helpers import TINY_VOCAB_SIZE, VARIANTS, random_ids, tiny_config, tiny_model
 from tests.server.fakes import FakeEngine, assert_envelope, call, complete, events, make_app
-from tests.server.live import EOS, PROMPT, TOKENIZER, Live, defaults
+from tests.server.live import EOS, PROMPT, TOKENIZER, Live, LiveChat, defaults
 
 INVALID = "invalid_request_error"
 A, B = ord("a"), ord("b")
@@ -475,6 +475,22 @@ def test_the_server_says_how_many_logprobs() -> None:
         assert few.body(**{field: 2})["choices"]
         assert "less than or equal to 2" in assert_envelope(few.ask(**{field: 3}), 400, INVALID, field)
     assert len(Live(max_logprobs=50).choice(prompt_logprobs=50)["prompt_logprobs"][1]) >= 50
+
+
+@pytest.mark.parametrize("kind", [Live, LiveChat])
+def test_the_server_says_how_many_tokens_an_event_has(kind: type[Live]) -> None:
+    options: dict[str, Any] = {"n": 2, "logprobs": 1 if kind is Live else True, "max_tokens": 24, "seed": 1, "temperature": 1}
+    plain, gathering = kind(), kind(stream_interval=6)
+    streamed = [choice for chunk in events(gathering.ask(stream=True, **options)) for choice in chunk["choices"]]
+    assert 2 <= sum(bool(choice["token_ids"]) for choice in streamed if "token_ids" in choice) <= 2 * (1 + 23 // 6 + 1)
+    whole = plain.body(**options)["choices"]
+    assert without_logprobs(gathering.body(stream=True, **options)["choices"]) == without_logprobs(whole)
+    assert plain.ask(stream=True, **options).text.count("data: ") > 30
+
+
+def without_logprobs(choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Choices but for their logprobs, which depend on the batch in their last bits."""
+    return [{key: value for key, value in choice.items() if key not in ("logprobs", "prompt_token_ids")} for choice in choices]
 
 
 def test_logits_exist_in_chunks_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

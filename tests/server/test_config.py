@@ -15,6 +15,7 @@ EVERY_FLAG = {
     "--dtype": ("bfloat16", "bfloat16"),
     "--quantize": ("int8", "int8"),
     "--max-logprobs": ("5", 5),
+    "--stream-interval": ("4", 4),
     "--device": ("cuda:1", "cuda:1"),
     "--max-model-len": ("100", 100),
     "--max-num-seqs": ("3", 3),
