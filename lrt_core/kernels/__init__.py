@@ -21,7 +21,7 @@ from torch import Tensor
 from lrt_core.kernels.plan import declare
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_VERSION = 9
+_VERSION = 10
 """Of the library's functions; raised with every change of one, so that a library from an older build is not called."""
 _EPS = torch.finfo(torch.float32).eps
 """Of every norm, in bfloat16 too."""
@@ -78,6 +78,11 @@ def instruction_set() -> str:
 def has_pairs() -> bool:
     """Whether it multiplies pairs of whole numbers, and bfloat16 weights had best be held as such, of 12 bits."""
     return bool(library().lrt_has_pairs())
+
+
+def has_bytes() -> bool:
+    """Whether it multiplies bytes, and int8 weights had best be held for that."""
+    return bool(library().lrt_has_bytes())
 
 
 def instruction_sets() -> list[str]:

@@ -141,7 +141,7 @@ void rope_norm_rows(const void* x, int64_t token_stride, const float* cos, const
 extern "C" {
 
 // Changes with every change of a function below; `__init__.py` refuses a library of another version.
-int lrt_version() { return 9; }
+int lrt_version() { return 10; }
 
 // RMS norm of the rows of x [rows, size]; bfloat16 in means bfloat16 out.
 void lrt_norm(

@@ -4,6 +4,7 @@ bfloat16 weights are held as whole numbers of 12 bits with a scale for every 128
 pairs of whole numbers and not of bfloat16: three quarters of the bytes to read, and one instruction takes twice the products
 of one in float32. A weight moves by at most 1/4094 of the largest among its 128. For normally distributed ones that is a
 quarter of what bfloat16 itself has rounded away (root mean square); where one is far above the others, about as much.
+int8 weights are multiplied as bytes where the processor does that, else in such pairs, else in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lrt_core import kernels
 from lrt_core.kernels.pages import copy_to_large_pages
-from lrt_core.kernels.plan import KINDS, TILE, TWELVE_BITS, MatrixStruct, pointer
+from lrt_core.kernels.plan import INT8_PAIRS, KINDS, TILE, TWELVE_BITS, MatrixStruct, pointer
 
 SPAN = 128
 """Weights of an output that share a scale in 12 bits."""
@@ -38,7 +39,10 @@ class PackedMatrix:
         self.n, self.k = weight.shape
         self.scales: Tensor | None = None
         self.offsets: Tensor | None = None
-        if quantize:
+        if quantize and kernels.has_pairs() and not kernels.has_bytes():
+            self._pack_int8_pairs(weight)
+            kind = INT8_PAIRS
+        elif quantize:
             self._pack_int8(weight)
             kind = KINDS[torch.int8]
         elif weight.dtype == torch.bfloat16 and kernels.has_pairs():
@@ -59,6 +63,13 @@ class PackedMatrix:
         self.offsets = -128 * torch.cat(
             [numbers.sum(dim=1, dtype=torch.int32), self.scales.new_zeros(padded(self.n) - self.n).int()]
         )
+
+    def _pack_int8_pairs(self, weight: Tensor) -> None:
+        numbers, scales = quantize_rows(weight)
+        full = torch.zeros(padded(self.n), padded(self.k), dtype=torch.int8)
+        full[: self.n, : self.k] = numbers
+        self.data = copy_to_large_pages(full.view(-1, TILE, padded(self.k) // 4, 2, 2).permute(0, 2, 3, 1, 4))
+        self.scales = torch.cat([scales, torch.zeros(padded(self.n) - self.n)])
 
     def _pack_twelve_bits(self, weight: Tensor) -> None:
         data = torch.empty(padded(self.n) // TILE, padded(self.k) // 4, 6 * TILE, dtype=torch.uint8)

@@ -9,7 +9,7 @@
 
 namespace lrt {
 
-enum Kind : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt12 = 3 };
+enum Kind : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt12 = 3, kInt8Pairs = 4 };
 
 // Outputs of one packed tile; `packing.py` lays weights out in tiles of this width.
 constexpr int64_t kTile = 16;
@@ -22,6 +22,7 @@ constexpr int64_t kMostWeight = 2047, kSpan = 128;
 // [n/16][k/2][16][2], int8 [n/16][k/4][16][4], whole numbers of 12 bits [n/16][k/4][96 bytes]: the upper 8 bits of [2][16][2] of
 // them, then the lower 4 of [16][2], those of the second half in the upper half of a byte. Int8 has one scale per output, and
 // -128 times the sum of an output's weights; 12 bits have scales [n/16][k/kSpan][16], those of the last k for fewer of them.
+// Int8 in pairs lies as the upper 8 bits do, [n/16][k/4][2][16][2], and has one scale per output alone.
 struct Matrix {
     const void* data;
     const float* scales;

@@ -16,6 +16,8 @@ TILE = 16
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 TWELVE_BITS = 3
 """Whole numbers of 12 bits, for which torch has no type."""
+INT8_PAIRS = 4
+"""int8 where pairs of numbers of 16 bits are multiplied and bytes are not."""
 
 MOST_QUERIES = 16
 """Query heads of one key/value head that native attention takes."""
@@ -127,6 +129,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.lrt_available_set.argtypes = library.lrt_use_set.argtypes = (c_int64,)
     library.lrt_use_set.restype = None
     library.lrt_has_pairs.restype, library.lrt_has_pairs.argtypes = c_int32, ()
+    library.lrt_has_bytes.restype, library.lrt_has_bytes.argtypes = c_int32, ()
     library.lrt_workspace_size.restype = c_int64
     library.lrt_workspace_size.argtypes = (POINTER(ModelStruct), c_int64, c_int64)
     library.lrt_forward.argtypes = (

@@ -4,7 +4,7 @@
 // result is bit-equal alone and in any batch. Included once per instruction set by `step.cpp`.
 
 constexpr int kVectorsPerTile = kTile / LANES;
-constexpr bool kHasPairs = PAIRS;
+constexpr bool kHasPairs = PAIRS, kHasBytes = VNNI;
 
 // Weights that other blocks of rows leave to this one to fetch, `step` bytes at every move of a cursor for each of its tiles,
 // `tile` bytes apart: memory is then as busy while rows meet tiles that are there as while it is waited for.
@@ -19,6 +19,11 @@ struct Twelve {
     uint8_t bytes[96];
 };
 
+// Four k of a tile in int8, in pairs.
+struct Eight {
+    uint8_t bytes[64];
+};
+
 // What a cursor moves by: bytes of every tile, and numbers of each row. kIsNear: the tiles are in the nearest cache.
 template <typename W>
 struct Move {
@@ -28,6 +33,11 @@ struct Move {
 template <>
 struct Move<Twelve> {
     static constexpr int kBytes = 96, kNumbers = 4;
+    static constexpr bool kIsNear = false;
+};
+template <>
+struct Move<Eight> {
+    static constexpr int kBytes = 64, kNumbers = 4;
     static constexpr bool kIsNear = false;
 };
 template <>
@@ -191,7 +201,7 @@ INLINE void accumulate(Cursor<kRows, kTiles, uint16_t, uint16_t> at, int64_t dep
 #endif
 
 // Weights of these kinds are multiplied in whole numbers.
-INLINE bool is_whole(int32_t kind) { return (VNNI && kind == kInt8) || (PAIRS && kind == kInt12); }
+INLINE bool is_whole(int32_t kind) { return (VNNI && kind == kInt8) || (PAIRS && (kind == kInt12 || kind == kInt8Pairs)); }
 
 // Rows of activations [rows, stride], the numbers behind the last column zero: in float32, and where the processor multiplies
 // pairs of bfloat16 in that type too, for bfloat16 weights; rows that meet weights in whole numbers become such by `quantize`.
@@ -221,7 +231,7 @@ struct Activation {
     // A row that is complete, for weights of that kind. What is not finite makes the row's step so.
     INLINE void quantize(int64_t row, int32_t kind) const {
         if (kind == kInt8) return to_bytes(row);
-        to_numbers(row);
+        to_numbers(row, kind == kInt8Pairs ? 127 : kMostWeight);
     }
 
     // In 16 bits of the row's own scale: two products of bytes, exact in integers, then cost less than one in float32 and stray
@@ -251,8 +261,8 @@ struct Activation {
 #endif
     }
 
-    // In as many bits as 16 have and as keep every sum over kSpan numbers within 32.
-    INLINE void to_numbers(int64_t row) const {
+    // In as many bits as 16 have and as keep every sum over kSpan products with weights of at most that size within 32.
+    INLINE void to_numbers(int64_t row, int64_t most_weight) const {
 #if PAIRS
         const float* const x = wide + row * stride;
         VF most = {}, poison = {};
@@ -269,9 +279,9 @@ struct Activation {
             most_of_span = of_span > most_of_span ? of_span : most_of_span;
         }
         // Rounding adds half to each number at most; 100 for what float32 rounds here.
-        constexpr float kMostSum = 2147483647 / kMostWeight - kSpan / 2 - 100;
+        const float most_sum = static_cast<float>(2147483647 / most_weight - kSpan / 2 - 100);
         const float largest = reduce_max(most);
-        const float by_size = largest / 32767.0f, by_sum = most_of_span / kMostSum;
+        const float by_size = largest / 32767.0f, by_sum = most_of_span / most_sum;
         const float step = by_size > by_sum ? by_size : by_sum, inverse = step > 0.0f ? 1.0f / step : 0.0f;
         steps[row] = step + reduce_sum(poison);
         for (int64_t i = 0; i < stride; i += LANES) {
@@ -280,7 +290,7 @@ struct Activation {
             store(numbers() + row * stride + i, __builtin_convertvector(number & 0xffffu, VH));
         }
 #else
-        (void)row;
+        (void)row, (void)most_weight;
 #endif
     }
 };
@@ -301,7 +311,7 @@ INLINE int64_t tiles_at_once(int64_t rows, Kind) { return rows == 1 ? 4 : rows <
 constexpr int64_t kMostTiles = 8;
 INLINE int64_t most_rows(Kind kind) {
     if (VNNI && kind == kInt8) return 6;
-    return LANES == 16 && !VNNI && kind == kInt12 ? 8 : kMostRows;  // its products need registers before they are sums
+    return LANES == 16 && !VNNI && is_whole(kind) ? 8 : kMostRows;  // its products need registers before they are sums
 }
 
 template <int kRows, int kTiles, typename W, typename A>
@@ -381,12 +391,12 @@ INLINE void add_pairs(VI& sum, VI a, VI b) { sum += (VI)_mm512_madd_epi16((__m51
 INLINE void add_pairs(VI& sum, VI a, VI b) { sum += (VI)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 #endif
 
-// Weights and activations in whole numbers: sums over kSpan of them are exact. scales: of the first tile, of which there are
-// `scale_stride` a tile.
+// Weights and activations in whole numbers: sums over kSpan of them are exact. scales: of the first tile's first span, the next
+// tile's `scale_stride` on and the next span's `scale_step`.
 struct Numbers {
     const int16_t* numbers;
     const float* scales;
-    int64_t scale_stride;
+    int64_t scale_stride, scale_step;
 };
 
 // Bytes with and without a sign, as numbers of 16 bits.
@@ -412,9 +422,15 @@ INLINE void unpack(const Twelve* w, int c, VI (&parts)[2]) {
     parts[1] = (VI)times_16(signed_bytes(at + 32)) | (VI)over_16(lower);
 }
 
+INLINE void unpack(const Eight* w, int c, VI (&parts)[2]) {
+    const uint8_t* const at = w->bytes + c * 2 * LANES;
+    parts[0] = (VI)signed_bytes(at);
+    parts[1] = (VI)signed_bytes(at + 32);
+}
+
 // Vector c of all tiles at the cursor.
-template <int kRows, int kTiles>
-INLINE void weights_at(const Cursor<kRows, kTiles, Twelve, int16_t>& at, int c, VI (&parts)[2]) {
+template <int kRows, int kTiles, typename W>
+INLINE void weights_at(const Cursor<kRows, kTiles, W, int16_t>& at, int c, VI (&parts)[2]) {
     unpack(at.tiles[c / kVectorsPerTile], c % kVectorsPerTile, parts);
 }
 
@@ -424,7 +440,7 @@ INLINE void weights_at(const Cursor<kRows, kTiles, int16_t, int16_t>& at, int c,
     parts[1] = at.template weights<VI>(c, 1);
 }
 
-// Adds to `out` the products with weights of 12 bits, packed or unpacked, of any number of spans, but for the rows' steps.
+// Adds to `out` the products with weights in whole numbers, packed or unpacked, of any number of spans, but for the rows' steps.
 template <int kRows, int kTiles, typename W, typename A>
 NOINLINE void multiply_block(const W* w, int64_t tile_size, const Numbers* a, int64_t stride, int64_t depth, const Ahead& ahead,
                              float* out) {
@@ -464,8 +480,14 @@ NOINLINE void multiply_block(const W* w, int64_t tile_size, const Numbers* a, in
                 store(part, load<VF>(part) + __builtin_convertvector(sums[r][c], VF) * scale);
             }
         }
-        scales += kTile;
+        scales += a->scale_step;
     }
+}
+
+// The scales of a matrix from that tile on.
+INLINE Numbers numbers_of(const Matrix& m, int64_t tile, const int16_t* activations) {
+    const int64_t num_spans = m.kind == kInt12 ? (padded_size(m.k) + kSpan - 1) / kSpan : 1;
+    return Numbers{activations, m.scales + tile * num_spans * kTile, num_spans * kTile, num_spans > 1 ? kTile : 0};
 }
 #endif
 
@@ -513,12 +535,16 @@ NOINLINE void multiply(const Matrix& m, int64_t tile, int64_t tiles, const Activ
         multiply(w, tiles, size, a.wide + first, a.stride, rows, depth, ahead, out);
 #endif
 #if PAIRS
-    } else if (m.kind == kInt12) {
-        const Twelve* w = static_cast<const Twelve*>(m.data) + tile * depth / 4;
-        const int64_t scale_stride = (depth + kSpan - 1) / kSpan * kTile;
-        const Numbers numbers{a.numbers() + first, m.scales + tile * scale_stride, scale_stride};
+    } else if (m.kind == kInt12 || m.kind == kInt8Pairs) {
+        const Numbers numbers = numbers_of(m, tile, a.numbers() + first);
         for (int64_t i = 0; i < rows * tiles * kTile; i += LANES) store(out + i, VF{});
-        multiply(w, tiles, depth / 4, &numbers, a.stride, rows, depth, ahead, out);
+        if (m.kind == kInt12) {
+            const Twelve* w = static_cast<const Twelve*>(m.data) + tile * depth / 4;
+            multiply(w, tiles, depth / 4, &numbers, a.stride, rows, depth, ahead, out);
+        } else {
+            const Eight* w = static_cast<const Eight*>(m.data) + tile * depth / 4;
+            multiply(w, tiles, depth / 4, &numbers, a.stride, rows, depth, ahead, out);
+        }
         scale_rows(out, rows, tiles, a.steps + row);
 #endif
     } else if (m.kind == kInt8) {
@@ -543,18 +569,17 @@ NOINLINE void multiply(const Matrix& m, int64_t tile, int64_t tiles, const Activ
 // Bytes of a tile.
 INLINE int64_t tile_bytes(const Matrix& m) {
     const int64_t size = padded_size(m.k) * kTile;
-    return m.kind == kFloat32 ? 4 * size : m.kind == kInt8 ? size : m.kind == kInt12 ? size / 2 * 3 : 2 * size;
+    return m.kind == kFloat32 ? 4 * size : m.kind == kInt8 || m.kind == kInt8Pairs ? size : m.kind == kInt12 ? size / 2 * 3 : 2 * size;
 }
 
 #if PAIRS
-// `product` of weights in 12 bits with more rows than a block has. Weights are unpacked once for several blocks, a span of a few
+// `product` of weights in whole numbers, packed as W, with more rows than a block has. Weights are unpacked once for several blocks, a span of a few
 // tiles at a time, which stays in the nearest cache; meanwhile the next span is fetched.
-template <typename Take>
+template <typename W, typename Take>
 INLINE void product_of_spans(const Matrix& m, const Activation& a, int64_t rows, Team& team, Take take) {
     constexpr int64_t kMostBlocks = 11;
     const Kind kind = static_cast<Kind>(m.kind);
     const int64_t num_tiles = (m.n + kTile - 1) / kTile, size = tile_bytes(m), depth = padded_size(m.k);
-    const int64_t scale_stride = (depth + kSpan - 1) / kSpan * kTile;
     const int64_t num_parts = (rows + kMostBlocks * most_rows(kind) - 1) / (kMostBlocks * most_rows(kind));
     const int64_t group = tiles_at_once((rows + 1) / 2, kind);
     const bool looks_ahead = num_tiles > 4 * group * team.num_threads;
@@ -575,7 +600,7 @@ INLINE void product_of_spans(const Matrix& m, const Activation& a, int64_t rows,
             for (int64_t k = 0; k < depth; k += kSpan) {
                 const int64_t span = k + kSpan < depth ? kSpan : depth - k;
                 for (int64_t t = 0; t < width; ++t) {
-                    const Twelve* const w = reinterpret_cast<const Twelve*>(where(start + t)) + k / 4;
+                    const W* const w = reinterpret_cast<const W*>(where(start + t)) + k / 4;
                     int16_t* const to = unpacked + t * kSpan * kTile;
                     for (int64_t i = 0; i < span / 4; ++i) {
 #pragma GCC unroll 2
@@ -588,12 +613,15 @@ INLINE void product_of_spans(const Matrix& m, const Activation& a, int64_t rows,
                     }
                 }
                 const bool is_last = k + kSpan >= depth;
-                const char* const next = is_last ? where(part + 1 == num_parts && then < num_tiles ? then : start) : where(start) + (k + kSpan) * 24;
-                const int64_t share = kSpan * 24 / num_blocks;
-                const float* const scales = m.scales + start * scale_stride + k / kSpan * kTile;
+                constexpr int64_t kDepthBytes = sizeof(W) / 4;
+                const char* const next =
+                    is_last ? where(part + 1 == num_parts && then < num_tiles ? then : start) : where(start) + (k + kSpan) * kDepthBytes;
+                const int64_t share = kSpan * kDepthBytes / num_blocks;
+                Numbers numbers = numbers_of(m, start, nullptr);
+                numbers.scales += k / kSpan * numbers.scale_step;
                 for (int64_t block = 0, r = 0; block < num_blocks; ++block) {
                     const int64_t height = count / num_blocks + (block < count % num_blocks);
-                    const Numbers numbers{a.numbers() + (row + r) * a.stride + k, scales, scale_stride};
+                    numbers.numbers = a.numbers() + (row + r) * a.stride + k;
                     const Ahead ahead{next + block * share, share * 4 / kSpan, size};
                     const int16_t* const w = unpacked;
                     multiply(w, width, kSpan * kTile, &numbers, a.stride, height, span, ahead, out + r * width * kTile);
@@ -622,7 +650,8 @@ INLINE void product(const Matrix& m, const Activation& a, int64_t rows, Team& te
     const Kind kind = static_cast<Kind>(m.kind);
     const int64_t num_blocks = (rows + most_rows(kind) - 1) / most_rows(kind);
 #if PAIRS
-    if (kind == kInt12 && num_blocks > 1) return product_of_spans(m, a, rows, team, take);
+    if (kind == kInt12 && num_blocks > 1) return product_of_spans<Twelve>(m, a, rows, team, take);
+    if (kind == kInt8Pairs && num_blocks > 1) return product_of_spans<Eight>(m, a, rows, team, take);
 #endif
     const int64_t group = tiles_at_once((rows + num_blocks - 1) / num_blocks, kind);
     const int64_t grab = num_blocks == 1 && group < 4 ? 4 : group;

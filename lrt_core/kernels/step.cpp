@@ -205,14 +205,14 @@ namespace {
 
 struct Set {
     const char* name;
-    bool has_pairs;
+    bool has_pairs, has_bytes;
     void (*forward)(const Model&, const Pool&, const Step&, int64_t, char*, const Outcome&, Team&);
     void (*apply)(const Matrix&, const float*, int64_t, float, char*, float*, Team&);
     void (*attend)(const Model&, const Pool&, const Rows&, const float*, char*, float*, Team&);
     int64_t (*workspace_size)(const Model&, int64_t, int64_t);
 };
 
-#define SET(name) Set{#name, name::kHasPairs, name::forward, name::apply, name::attend, name::workspace_size}
+#define SET(name) Set{#name, name::kHasPairs, name::kHasBytes, name::forward, name::apply, name::attend, name::workspace_size}
 
 // What this processor has, the best first.
 const std::vector<Set>& available() {
@@ -315,6 +315,7 @@ const char* lrt_available_set(int64_t index) {
 
 // Whether it multiplies pairs of whole numbers, so that bfloat16 weights had best be such, of 12 bits.
 int32_t lrt_has_pairs() { return lrt::set.has_pairs; }
+int32_t lrt_has_bytes() { return lrt::set.has_bytes; }
 
 // Use the index-th of them from now on; for tests and comparisons, while no other call runs. Workspaces must be cut anew.
 void lrt_use_set(int64_t index) { lrt::set = lrt::available()[index]; }

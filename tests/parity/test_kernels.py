@@ -34,8 +34,9 @@ def test_kernels_can_be_switched_off() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_paged_attention(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
-    """One row a sequence, blocks of 3 out of order; and the last rows of a context as a window, each bit-equal to its own."""
+def test_paged_attention(shape: tuple[int, int, int, int, int], dtype: torch.dtype, instruction_set: str) -> None:
+    """By every instruction set: one row a sequence, blocks of 3 out of order; and the last rows of a context as a window, each
+    bit-equal to its own."""
     num_sequences, num_heads, num_kv_heads, head_dim, context = shape
     generator = torch.Generator().manual_seed(0)
     num_blocks = -(-context // 3)
