@@ -57,13 +57,15 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What came of a job. seconds: from the first request to the last answer. All times in seconds, of finished requests:
-    first_token since the request was sent, gaps between the events of a stream, latency of whole answers. lateness: by how much
-    requests of an open loop were sent later than they arrived; far above zero the client itself was too slow."""
+    """What came of a job. seconds: from the first request to the last answer. num_events: of streams, with choices. All times
+    in seconds, of finished requests: first_token since the request was sent, gaps between the events of a stream, latency of
+    whole answers. lateness: by how much requests of an open loop were sent later than they arrived; far above zero the client
+    itself was too slow."""
 
     seconds: float = 0.0
     tokens: int = 0
     prompt_tokens: int = 0
+    num_events: int = 0
     num_finished: int = 0
     num_unfinished: int = 0
     errors: dict[str, int] = field(default_factory=dict)
@@ -233,6 +235,7 @@ def _count(outcome: Outcome, exchange: Exchange, stream: bool) -> str | None:
         return "an answer without choices"
     usage = next((answer["usage"] for _, answer in reversed(answers) if answer.get("usage")), None)
     outcome.num_finished += 1
+    outcome.num_events += len(stamps)
     outcome.tokens += usage["completion_tokens"] if usage else len(stamps)
     outcome.prompt_tokens += usage["prompt_tokens"] if usage else 0
     assert exchange.finished is not None

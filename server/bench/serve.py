@@ -201,6 +201,7 @@ def _figure(target: Target, point: Point, samples: Sequence[float]) -> Figure:
         name: percentiles([1000 * value for outcome in outcomes for value in getattr(outcome, name)])
         for name in ("first_token", "gaps", "latency", "lateness")
     }
+    per_event = sum(outcome.tokens for outcome in outcomes) / max(1, sum(outcome.num_events for outcome in outcomes))
     details = {
         **_place(point),
         "stream": target.job.stream,
@@ -208,19 +209,21 @@ def _figure(target: Target, point: Point, samples: Sequence[float]) -> Figure:
         "model": target.job.model,
         "prompt_tokens": sum(outcome.prompt_tokens for outcome in outcomes) / max(1, finished),
         "tokens": sum(outcome.tokens for outcome in outcomes) / max(1, finished),
+        "tokens_per_event": per_event,
         "errors": dict(errors),
         "unfinished": unfinished,
         "milliseconds": times,
     }
-    return Figure(f"{target.name}: {point.name}", "tok/s", samples, details, _remark(times, errors, unfinished))
+    return Figure(f"{target.name}: {point.name}", "tok/s", samples, details, _remark(times, per_event, errors, unfinished))
 
 
 LABELS = {"first_token": "first token", "gaps": "between tokens", "latency": "whole answer", "lateness": "sent late by"}
 
 
-def _remark(times: dict[str, dict[str, float] | None], errors: Counter[str], unfinished: int) -> str:
-    """A line of its own for the latencies, and one for each failure."""
-    parts = [f"{LABELS[name]} {_three(values)}" for name, values in times.items() if values is not None]
+def _remark(times: dict[str, dict[str, float] | None], per_event: float, errors: Counter[str], unfinished: int) -> str:
+    """A line of its own for the latencies, and one for each failure. per_event: tokens that came together in a stream."""
+    labels = {**LABELS, "gaps": f"between events of {per_event:.1f} tokens"} if per_event > 1.05 else LABELS
+    parts = [f"{labels[name]} {_three(values)}" for name, values in times.items() if values is not None]
     lines = [f"ms at p50/p95/p99: {', '.join(parts)}"]
     lines += [f"failed {count} times: {reason}" for reason, count in errors.most_common()]
     lines += [f"{unfinished} requests were unfinished at the time limit"] if unfinished else []
