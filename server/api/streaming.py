@@ -22,6 +22,8 @@ T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_SECONDS = 15.0
+GATHER_SECONDS = 1.0
+"""Silence after which tokens wait no longer for others to share an event with."""
 
 
 class _News:
@@ -29,7 +31,8 @@ class _News:
     more than letting it run out and look."""
 
     def __init__(self, streams: Sequence[DeltaStream], idle_seconds: float, interval: int) -> None:
-        self._loop, self._idle_seconds = asyncio.get_running_loop(), idle_seconds
+        self._loop, self._idle_seconds, self._streams = asyncio.get_running_loop(), idle_seconds, streams
+        self._look_seconds = idle_seconds if interval == 1 else min(idle_seconds, GATHER_SECONDS)
         self._is_set = True  # there may be something already
         self._waiter: asyncio.Future[bool] | None = None
         self._since = 0.0
@@ -42,7 +45,7 @@ class _News:
         if not self._is_set:
             self._waiter, self._since = self._loop.create_future(), self._loop.time()
             if self._timer is None:
-                self._timer = self._loop.call_later(self._idle_seconds, self._look)
+                self._timer = self._loop.call_later(self._look_seconds, self._look)
             has_news = await self._waiter
         else:
             has_news = True
@@ -63,20 +66,25 @@ class _News:
     def _look(self) -> None:
         """The timer has run out: silence, if the present wait has lasted that long."""
         self._timer = None
-        if self._waiter is not None and not self._waiter.done():
-            rest = self._since + self._idle_seconds - self._loop.time()
-            if rest > 0:
-                self._timer = self._loop.call_later(rest, self._look)
-            else:
-                self._waiter.set_result(False)
+        if self._waiter is None or self._waiter.done():
+            return
+        lasted = self._loop.time() - self._since
+        if lasted >= self._look_seconds and any([stream.release() for stream in self._streams]):
+            return
+        if lasted >= self._idle_seconds:
+            self._waiter.set_result(False)
+            return
+        rest = (self._look_seconds if lasted < self._look_seconds else self._idle_seconds) - lasted
+        self._timer = self._loop.call_later(min(rest, self._look_seconds), self._look)
 
 
 async def merge(
     streams: Sequence[DeltaStream], idle_seconds: float, interval: int = 1
 ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
     """Whatever arrived since the last batch, as (index of the stream, delta), one delta a sample; an empty batch after each
-    idle_seconds of silence. A sample's deltas wait until `interval` have gathered, but for its first and its last. A stream's
-    error is raised once what came before it was yielded. Closing it aborts what is unfinished."""
+    idle_seconds of silence. A sample's deltas arrive `interval` at a time, but for its first and with its last, and after
+    GATHER_SECONDS of silence. A stream's error is raised once what came before it was yielded. Closing it aborts what is
+    unfinished."""
     news = _News(streams, idle_seconds, interval)
     try:
         while not all(stream.is_over for stream in streams):

@@ -19,11 +19,12 @@ class DeltaStream:
     """
 
     def __init__(self, num_samples: int) -> None:
-        self._num_pushed = [0] * num_samples
-        """Deltas of each sample."""
         self.error: BaseException | None = None
         """What ended it, until an iteration has raised it."""
         self._arrived: list[Delta] = []
+        self._held: list[list[Delta]] = [[] for _ in range(num_samples)]
+        """Of each sample what waits for more."""
+        self._has_begun = [False] * num_samples
         self._num_unended = num_samples
         self._tell: Callable[[], None] | None = None
         self._interval = 1
@@ -40,24 +41,42 @@ class DeltaStream:
 
     def push(self, delta: Delta) -> None:
         """Hand the consumer something."""
-        self._arrived.append(delta)
         if delta.finish_reason is not None:
             self._num_unended -= 1
-        is_due = self._num_pushed[delta.index] % self._interval == 0 or delta.finish_reason is not None
-        self._num_pushed[delta.index] += 1
-        if self._tell is not None and is_due:
+        if self._interval > 1:
+            held = self._held[delta.index]
+            held.append(delta)
+            if self._has_begun[delta.index] and len(held) < self._interval and delta.finish_reason is None:
+                return
+            self._arrived += held
+            held.clear()
+        else:
+            self._arrived.append(delta)
+        self._has_begun[delta.index] = True
+        if self._tell is not None:
             self._tell()
 
     def fail(self, error: BaseException) -> None:
         """End it with an error, which stands behind what has arrived."""
+        self.release()
         self.error, self._num_unended = error, 0
         if self._tell is not None:
             self._tell()
 
     def listen(self, tell: Callable[[], None] | None, interval: int = 1) -> None:
-        """Have `tell` called whenever something arrives, or, of each sample, with the first delta, every interval-th after it
-        and the last; None: no more."""
+        """Have `tell` called whenever something arrives; None: no more. From now on a sample's deltas arrive `interval` at a
+        time, but for its first and with its last."""
         self._tell, self._interval = tell, interval
+
+    def release(self) -> bool:
+        """Let arrive what waits for more; returns whether there was any."""
+        held = [delta for deltas in self._held for delta in deltas]
+        for deltas in self._held:
+            deltas.clear()
+        self._arrived += held
+        if held and self._tell is not None:
+            self._tell()
+        return bool(held)
 
     def take(self) -> list[Delta]:
         """The deltas that have arrived, without waiting."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from server.api import completions
+from server.api import completions, streaming
 from server.engine.request import AdmissionError, Delta, GenerationRequest, PromptTooLongError, RequestError
-from tests.server.fakes import FakeEngine, Step, assert_envelope, complete, events, make_app, say
+from tests.server.fakes import FakeEngine, Step, assert_envelope, call, complete, events, make_app, say
 
 
 def test_plain_response() -> None:
@@ -235,6 +235,43 @@ def test_tokens_gather_in_events_but_for_the_first_and_the_last() -> None:
     parts = asyncio.run(asyncio.wait_for(run(), 30))
     assert [re.search(rb'"token_ids":\[([\d,]*)\]', part)[1] for part in parts[:-1]] == [b"1", b"2,3,4", b"5,7"]  # type: ignore[index]
     assert [re.search(rb'"text":"(\w*)"', part)[1] for part in parts[:-1]] == [b"a", b"bcd", b"eg"]  # type: ignore[index]
+
+
+def test_tokens_gather_for_each_choice_by_itself() -> None:
+    """One sample gets on while the other waits: nothing of the one makes an event of the other."""
+    steps: list[Delta] = [Delta(0, "a", [1]), *(Delta(0, "b", [2]) for _ in range(3)), Delta(1, "c", [3])]
+    for _ in range(6):
+        steps += [Delta(0, "b", [2]), Delta(1, "d", [4])]
+    steps += [Delta(0, "e", [5], finish_reason="length"), Delta(1, "f", [6], finish_reason="length")]
+    app = make_app(FakeEngine(lambda _request: steps), stream_interval=5)
+    body = {"model": "tiny", "prompt": "hi", "stream": True, "return_token_ids": True, "n": 2}
+    found = [
+        choice
+        for chunk in events(call(app, "POST", "/v1/completions", content=json.dumps(body)))
+        for choice in chunk["choices"]
+    ]
+    for index, text, most in ((0, "abbbbbbbbbe", 3), (1, "cddddddf", 3)):
+        own = [choice for choice in found if choice["index"] == index]
+        assert "".join(choice["text"] for choice in own) == text and len(own) <= most
+        assert {len(choice["token_ids"]) for choice in own[1:-1]} <= {5}
+
+
+def test_silence_ends_the_gathering_and_an_error_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "GATHER_SECONDS", 0.02)
+
+    async def run() -> list[bytes]:
+        go = threading.Event()
+        steps = [Delta(0, "a", [1]), Delta(0, "b", [2]), go, Delta(0, "c", [3]), ValueError("broken")]
+        client = Client(FakeEngine(lambda _request: steps), 100, stream=True)
+        while b'b"' not in client.body:
+            await asyncio.sleep(0.005)
+        go.set()
+        await client.task
+        return client.parts
+
+    parts = asyncio.run(asyncio.wait_for(run(), 30))
+    assert b'"text":"c"' in parts[-3] and b'"error"' in parts[-2] and parts[-1] == b"data: [DONE]\n\n"
+    assert b": keep-alive\n\n" not in parts
 
 
 class Client:

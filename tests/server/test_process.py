@@ -23,7 +23,18 @@ pytestmark = pytest.mark.slow
 @contextmanager
 def server(checkpoint: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """A process, the line it said at start, and its URL."""
-    command = [sys.executable, "-m", "server", str(checkpoint), "--port", "0", "--dtype", "float32", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "server",
+        str(checkpoint),
+        "--port",
+        "0",
+        "--dtype",
+        "float32",
+        "--check-invariants",
+        *arguments,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LRT_SERVED_MODEL_NAME": "tiny"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
@@ -41,7 +52,11 @@ def server(checkpoint: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen
 
 
 def test_a_process_from_start_to_a_clean_end(checkpoint: Path) -> None:
-    with server(checkpoint, "--max-model-len", "2000", "--kv-cache-memory", "8M") as (process, line, url):
+    with server(checkpoint, "--max-model-len", "2000", "--kv-cache-memory", "8M", "--stream-interval", "100") as (
+        process,
+        line,
+        url,
+    ):
         assert re.fullmatch(
             rf"INFO: serving tiny \({re.escape(str(checkpoint))}\): recurrence layerwise, source layer 2; float32, "
             r"(native kernels \(\w+\)|torch kernels), 1 thread; cache of \d+ tokens; listening on http://127\.0\.0\.1:\d+\n",
@@ -59,6 +74,7 @@ def test_a_process_from_start_to_a_clean_end(checkpoint: Path) -> None:
             next(lines)
             process.send_signal(signal.SIGTERM)
             rest = [line for line in lines if line]
+        assert len(rest) == 3 + 2, "a hundred tokens an event after the first, usage and end"
         assert '"completion_tokens":300' in rest[-2] and rest[-1] == "data: [DONE]"
         assert process.wait(20) == 0
 
