@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
@@ -103,12 +104,22 @@ class Run:
         return [value for step in self.steps for value in getattr(step, name)]
 
 
-def run(engine: Engine, requests: SequenceABC[GenerationRequest]) -> Run:
-    """Add all requests, step until nothing is left; every block must be free then."""
-    sequences = [engine.add(item) for item in requests]
-    outcomes: dict[Sequence, Outcome] = {sequence: Outcome() for samples in sequences for sequence in samples}
+def run(engine: Engine, requests: SequenceABC[GenerationRequest], traffic: random.Random | None = None) -> Run:
+    """Add all requests, or, with traffic, in a random order some at once and some steps after others; step until nothing is
+    left; every block must be free then."""
+    waiting = list(range(len(requests)))
+    if traffic is not None:
+        traffic.shuffle(waiting)
+    sequences: dict[int, list[Sequence]] = {}
+    outcomes: dict[Sequence, Outcome] = {}
     steps = []
-    while engine.has_work():
+    while waiting or engine.has_work():
+        for _ in range(len(waiting) if traffic is None else min(len(waiting), traffic.choice([0, 0, 0, 1, 1, 3]))):
+            number = waiting.pop(0)
+            sequences[number] = engine.add(requests[number])
+            outcomes.update((sequence, Outcome()) for sequence in sequences[number])
+        if not engine.has_work():
+            continue
         output = engine.step()
         steps.append(output.stats)
         for item in output.outputs:
@@ -118,7 +129,7 @@ def run(engine: Engine, requests: SequenceABC[GenerationRequest]) -> Run:
             outcome.prompt_logprobs = item.prompt_logprobs or outcome.prompt_logprobs
             outcome.finish_reason = item.finish_reason
     assert engine.blocks.num_free_blocks == engine.config.num_blocks
-    return Run([[outcomes[sequence] for sequence in samples] for samples in sequences], steps)
+    return Run([[outcomes[sequence] for sequence in sequences[number]] for number in range(len(requests))], steps)
 
 
 def oracle(model: LatentRecurrentTransformer, item: GenerationRequest, eos_ids: Collection[int] = ()) -> list[int]:

@@ -52,6 +52,11 @@ class BlockManager:
         """Fraction of blocks in use, 0..1."""
         return 1 - len(self._free) / self.num_blocks
 
+    @property
+    def named_blocks(self) -> dict[bytes, int]:
+        """Every block whose content is known to the prefix cache, by the hash of what shaped it."""
+        return dict(self._cached)
+
     # Placing: from nothing to a table for all known tokens.
 
     def match(self, sequence: Sequence) -> list[int]:

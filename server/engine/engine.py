@@ -124,7 +124,7 @@ class Engine:
         self.fill_gauges(output.stats)
         if self.check_invariants:
             self.scheduler.check_invariants()
-            self.runner.check_invariants(self.scheduler.running)
+            self.runner.check_invariants(self.scheduler.running, self.blocks.named_blocks)
         return output
 
     def _note_start(self, windows: list[ScheduledWindow], now: float) -> list[Sequence]:

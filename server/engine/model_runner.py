@@ -7,6 +7,7 @@ Neighbours: `batch.py` writes the step down, `lrt_core/step.py` and `native_mode
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -76,6 +77,8 @@ class ModelRunner:
         self.pool = PagedPool(model.config, config.capacity, model.dtype, model.device)
         self._native = model if isinstance(model, NativeModel) else None
         self._max_draws = logits_rows(model.config.vocab_size)
+        self._checked: dict[tuple[bytes, int], int] = {}
+        """Sums over the bits of the latents of blocks that the prefix cache knew at the last check."""
 
     def execute(self, windows: SequenceABC[ScheduledWindow], copies: SequenceABC[Copy] = ()) -> list[WindowResult]:
         """Copy blocks, then run one step; results stand in the order of the batch, those that only score last. Sequences are
@@ -98,14 +101,20 @@ class ModelRunner:
             for storage in (*self.pool.keys, *self.pool.values, self.pool.latents):
                 storage[block * size : (block + 1) * size] = 0.0
 
-    def check_invariants(self, sequences: SequenceABC[Sequence]) -> None:
-        """Assert, between two steps, that the row of no memory is zeros and that every sequence's memory is numbers. A failure
-        is a bug: AssertionError."""
+    def check_invariants(self, sequences: SequenceABC[Sequence], named: Mapping[bytes, int]) -> None:
+        """Assert, between two steps, that the row of no memory is zeros, that every sequence's memory is numbers, and that a
+        block which the prefix cache knows (`named`: by hash) holds the latents that it had when this was last checked. A
+        failure is a bug: AssertionError."""
         latents, size = self.pool.latents, self.config.block_size
         assert not bool(latents[self.pool.zero_row].any()), "the latent of no token was written"
         ends = [(sequence.block_table, sequence.num_computed_tokens) for sequence in sequences if sequence.num_computed_tokens]
         slots = [slot for table, end in ends for slot in slots_of(table, end - 1, end, size)]
         assert bool(latents[slots].isfinite().all()), "a settled token's latent is no number"
+        bits = latents[: self.config.num_blocks * size].view(torch.int32).view(self.config.num_blocks, -1)
+        sums = bits[list(named.values())].sum(1).tolist()
+        for (key, block), sum in zip(named.items(), sums, strict=True):
+            assert self._checked.get((key, block), sum) == sum, f"the latents of block {block} have changed"
+        self._checked = dict(zip(named.items(), sums, strict=True))
 
     def _compute(self, windows: list[ScheduledWindow]) -> tuple[list[WindowResult], list[Scoring]]:
         """A forward over the windows; returns also which prompt tokens are to be scored by it."""

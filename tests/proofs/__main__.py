@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from statistics import quantiles
 
 import torch
 
 from tests.proofs.echo_memory import BOUND, NUM_TOKENS, VOCAB_SIZE, measure
-from tests.proofs.scoring import BOUNDS, count_differing, self_consistency
-from tests.proofs.soak import soak
+from tests.proofs.scoring import BOUNDS, SCORED, count_differing, self_consistency
+from tests.proofs.soak import soak, standard_error
 
 
 def main() -> int:
@@ -25,10 +26,10 @@ def main() -> int:
 
 def _consistency(count: int) -> bool:
     held = True
-    for dtype, bound in BOUNDS.items():
-        found = self_consistency(count, dtype)
+    for (dtype, bound), variant in itertools.product(BOUNDS.items(), SCORED):
+        found = self_consistency(count, dtype, variant)
         worst = max(found.cold, found.cached, found.forked, found.preempted)
-        print(f"{count} sequences scored again, {dtype} (bound {bound:g}): {found}", flush=True)
+        print(f"{count} sequences scored again, {variant}, {dtype} (bound {bound:g}): {found}", flush=True)
         held = held and worst <= bound and found.num_hits > 0 and found.num_preemptions > 0
     return held
 
@@ -47,15 +48,15 @@ def _soak(count: int) -> bool:
     print(f"{count} requests, {found.num_aborted} aborted; per tenth of them:")
     print("  requests a second:", *(f"{rate:.0f}" for rate in found.rates))
     low, middle, high = quantiles(found.ratios, n=4)
-    spread = f"median {middle:.3f}, quartiles {low:.3f} to {high:.3f}"
+    spread = f"median {middle:.3f} (standard error {standard_error(found.ratios):.3f}), quartiles {low:.3f} to {high:.3f}"
     print(f"  rate afterwards over that of fresh processes, in {len(found.ratios)} turns: {spread}")
     print("  KiB traced:", *(size // 1024 for size in found.traced))
     print("  MiB resident:", *(size // 2**20 for size in found.resident))
-    left = (found.num_used_blocks, found.num_known_sequences, found.num_tasks)
-    print(f"  blocks, sequences, tasks left: {left}")
+    print(f"  {found.num_preemptions} preemptions; blocks left: {found.num_used_blocks}, tasks left: {found.num_tasks}")
     # The first tenth pays for what is made once.
     is_flat = found.traced[-1] <= 1.1 * found.traced[1] and found.resident[-1] <= 1.05 * found.resident[1]
-    return left == (0, 0, 0) and is_flat and middle >= 0.95
+    has_none_left = found.num_used_blocks == found.num_tasks == 0
+    return has_none_left and found.num_preemptions > 0 and is_flat and middle >= 0.95
 
 
 def _echo() -> bool:

@@ -16,11 +16,13 @@ from server.engine.engine import Engine
 from server.engine.loader import DEFAULT_TOLERANCE, prompt_rows, serving_model
 from server.engine.model_runner import ModelRunner
 from server.engine.request import GenerationRequest
-from server.engine.sequence import Sequence
 from tests.engines import Outcome, engine_config, request, run
 from tests.helpers import contracting_model, random_ids
 
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 10 * DEFAULT_TOLERANCE[torch.bfloat16]}
+
+SCORED = ["layerwise", "upper-middle-source"]
+"""Variants: what the last layer makes is the memory, and so what a cached token is scored by; or what a lower one makes is."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class Consistency:
     num_preemptions: int
 
 
-def model_of(dtype: torch.dtype) -> LatentRecurrentTransformer:
+def model_of(dtype: torch.dtype, variant: str = "layerwise") -> LatentRecurrentTransformer:
     """A contracting tiny model whose matrices are in `dtype`."""
-    model = contracting_model().requires_grad_(False)
+    model = contracting_model(variant).requires_grad_(False)
     for weight in model.parameters():
         weight.data = weight.data.to(dtype) if weight.ndim > 1 else weight.data
     return model
@@ -80,9 +82,9 @@ def _worst(engine: Engine, wanted: list[GenerationRequest], outcomes: list[list[
     return worst
 
 
-def self_consistency(count: int, dtype: torch.dtype) -> Consistency:
-    """`count` generated sequences a way, scored again as prompts."""
-    model, wanted = model_of(dtype), _wanted(count)
+def self_consistency(count: int, dtype: torch.dtype, variant: str) -> Consistency:
+    """`count` generated sequences a way, scored again as prompts. variant: of the tiny models."""
+    model, wanted = model_of(dtype, variant), _wanted(count)
     cold = engine_of(model, prefix_caching=False)
     done = run(cold, wanted)
     caching = engine_of(model, num_blocks=max(320, 40 * count))
@@ -110,19 +112,5 @@ def count_differing(count: int, **sampling: float) -> int:
     ]
     alone = [run(engine_of(model), [item]).token_ids[0] for item in wanted]
     batches = [ids for start in range(0, count, 8) for ids in run(engine_of(model), wanted[start : start + 8]).token_ids]
-    traffic = _in_traffic(engine_of(model, num_blocks=100, max_num_seqs=7), wanted)
+    traffic = run(engine_of(model, num_blocks=60, max_num_seqs=7), wanted, random.Random(3)).token_ids
     return sum(not (a == b == c) for a, b, c in zip(alone, batches, traffic, strict=True))
-
-
-def _in_traffic(engine: Engine, wanted: list[GenerationRequest]) -> list[list[int]]:
-    """Ids of requests that come in a random order, some at once and some steps after others."""
-    rng = random.Random(3)
-    order = rng.sample(range(len(wanted)), len(wanted))
-    sequences: dict[int, Sequence] = {}
-    while order or engine.has_work():
-        for _ in range(min(len(order), rng.choice([0, 0, 0, 1, 1, 3]))):
-            number = order.pop()
-            [sequences[number]] = engine.add(wanted[number])
-        if engine.has_work():
-            engine.step()
-    return [sequences[number].output_ids for number in range(len(wanted))]

@@ -1,4 +1,4 @@
-"""Many short requests in random traffic with aborts, through the asynchronous engine: nothing is left, grows or slows down.
+"""Many short requests in random traffic with aborts, through the HTTP application: nothing is left, grows or slows down.
 
 After them it serves more, in turns with fresh processes that serve their first: a shared machine's rate moves by a fifth from
 one tenth of the traffic to the next, so rates of other seconds say little about what the requests between have left behind.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import multiprocessing
 import random
 import time
@@ -17,19 +18,26 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import quantiles
+from typing import Any
 
 import torch
+from fastapi import FastAPI
 
 from server.engine.async_engine import AsyncEngine
-from tests.engines import request
 from tests.helpers import random_ids, tiny_tokenizer
 from tests.proofs.scoring import engine_of, model_of
+from tests.server.fakes import make_app
 
 CLIENTS = 12
 WARM = 50
 """Requests of each client before anything is counted."""
-ROUNDS, TURNS = 6, 10
-"""Fresh processes one after another, and the parts in which each serves a tenth, before or after the old one's part."""
+SIZES = {"num_blocks": 18, "max_model_len": 64}
+"""Blocks of 4 tokens; the longest request takes 14 of them and 8 run at once, so that some are preempted."""
+ROUNDS, TURNS = 40, 10
+"""Fresh processes one after another, at most, and the parts in which each serves a tenth, before or after the old one's."""
+ERROR = 0.0125
+"""Standard error of the median ratio that is precise enough."""
 
 
 @dataclass(frozen=True)
@@ -40,87 +48,140 @@ class Soak:
     """
 
     num_aborted: int
+    num_preemptions: int
     rates: list[float]
     ratios: list[float]
     traced: list[int]
     resident: list[int]
     num_used_blocks: int
-    num_known_sequences: int
     num_tasks: int
 
 
-def soak(count: int, rounds: int = ROUNDS) -> Soak:
-    """`count` requests by CLIENTS clients that each wait for their own; a sixth hang up early. Closes every tenth.
+def soak(count: int, max_rounds: int = ROUNDS) -> Soak:
+    """`count` requests by CLIENTS clients that each wait for their own; a quarter hang up, at
+    any moment, many of them too late to matter. Closes every tenth.
 
-    rounds: tenths served afterwards in turns with fresh processes. All tenths ask for the same lengths, numbers of samples and
-    aborts; their ids differ.
+    max_rounds: tenths served afterwards in turns with fresh processes, at most. All tenths ask for the
+    same lengths; ids differ.
     """
-    return asyncio.run(_soak(count, rounds))
+    return asyncio.run(_soak(count, max_rounds))
 
 
-async def _soak(count: int, rounds: int) -> Soak:
+async def _soak(count: int, max_rounds: int) -> Soak:
     size = count // 10
-    rates, traced, resident, num_aborted = [], [], [], 0
-    async with _warm_engine() as engine:
+    rates, ratios, traced, resident, num_aborted = [], [], [], [], 0
+    async with _warm_engine() as (engine, app):
         tracemalloc.start()
         for tenth in range(10):
-            aborted, seconds = await _serve(engine, range(size), tenth)
+            aborted, seconds = await _serve(app, range(size), tenth)
             num_aborted += aborted
             rates.append(size / seconds)
             gc.collect()  # Python's own lists of freed tuples count as memory in use until then
             traced.append(tracemalloc.get_traced_memory()[0])
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
         tracemalloc.stop()
-        ratios = [ratio for tenth in range(rounds) for ratio in await _in_turns(engine, size, 10 + tenth)]
-    core = engine.engine
-    num_used = core.config.num_blocks - core.blocks.num_free_blocks
-    known = len(core.scheduler.running) + len(core.scheduler.waiting) + engine.num_in_flight
-    return Soak(num_aborted, rates, ratios, traced, resident, num_used, known, len(asyncio.all_tasks()) - 1)
+        for tenth in range(10, 10 + max_rounds):
+            ratios += await _in_turns(app, size, tenth)
+            if standard_error(ratios) <= ERROR:
+                break
+        core = engine.engine
+        await asyncio.wait_for(_settled(engine), 10)
+        left = (core.config.num_blocks - core.blocks.num_free_blocks, len(asyncio.all_tasks()) - 1)
+    return Soak(num_aborted, core.scheduler.totals.num_preemptions, rates, ratios, traced, resident, *left)
+
+
+async def _settled(engine: AsyncEngine) -> None:
+    """Wait until the engine has heard of the last that hung up."""
+    while engine.num_in_flight or engine.engine.has_work():
+        await asyncio.sleep(0.01)
+
+
+def standard_error(samples: list[float]) -> float:
+    """Of the median of as good as normal samples, from their quartiles."""
+    low, _, high = quantiles(samples, n=4)
+    return 0.93 * (high - low) / len(samples) ** 0.5
 
 
 @asynccontextmanager
-async def _warm_engine() -> AsyncIterator[AsyncEngine]:
-    """An engine that has served some."""
-    engine = AsyncEngine(engine_of(model_of(torch.float32)), tiny_tokenizer())
+async def _warm_engine() -> AsyncIterator[tuple[AsyncEngine, FastAPI]]:
+    """An engine and its application, which have served some."""
+    engine = AsyncEngine(engine_of(model_of(torch.float32), **SIZES), tiny_tokenizer())
     await engine.start()
     try:
-        await _serve(engine, range(WARM * CLIENTS), -1)
-        yield engine
+        app = make_app(engine)
+        await _serve(app, range(WARM * CLIENTS), -1)
+        yield engine, app
     finally:
         await engine.stop()
 
 
-async def _serve(engine: AsyncEngine, numbers: range, tenth: int) -> tuple[int, float]:
+async def _serve(app: FastAPI, numbers: range, tenth: int) -> tuple[int, float]:
     """Serve the requests of these numbers; returns how many were aborted, and the seconds."""
     started, left = time.monotonic(), iter(numbers)
-    aborted = await asyncio.gather(*(_client(engine, left, tenth) for _ in range(CLIENTS)))
+    aborted = await asyncio.gather(*(_client(app, left, tenth) for _ in range(CLIENTS)))
     return sum(aborted), time.monotonic() - started
 
 
-async def _client(engine: AsyncEngine, numbers: Iterator[int], tenth: int) -> int:
-    """Serve requests until none is left; returns how many it aborted."""
+async def _client(app: FastAPI, numbers: Iterator[int], tenth: int) -> int:
+    """Serve requests until none is left; returns how many were aborted."""
     aborted = 0
     for number in numbers:
         rng = random.Random(number)
         ids = random_ids(rng.randint(1, 24), random.Random(f"{number} {tenth}").randint(0, 50))
-        item = request(ids, rng.randint(1, 10), n=rng.choice([1, 1, 1, 2]))
-        stream, leaves = engine.admit(item), rng.random() < 1 / 6
-        aborted += leaves
-        async for _ in stream:
-            if leaves:
-                await stream.aclose()
-                break
+        body = {"prompt": ids, "max_tokens": rng.randint(1, 10), "n": rng.choice([1, 1, 1, 2]), "stream": rng.random() < 0.7}
+        call = Call(
+            {**body, "temperature": 0, "ignore_eos": True}, rng.choice([0, 0, 0, 1, 2, 4]) if rng.random() < 1 / 4 else None
+        )
+        await app(call.scope, call.receive, call.send)
+        assert call.status == 200 or call.has_left
+        aborted += not call.is_whole
     return aborted
 
 
-async def _in_turns(engine: AsyncEngine, size: int, tenth: int) -> list[float]:
+class Call:
+    """One request of the ASGI application, whose client hangs up after so many parts of the answer (0: a millisecond after
+    asking), if it does."""
+
+    def __init__(self, body: dict[str, Any], patience: int | None) -> None:
+        self.scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+        self.status, self.is_whole, self._patience = 0, False, patience
+        self._body: bytes | None = json.dumps(body).encode()
+        self._gone = asyncio.Event()
+        if patience == 0:
+            asyncio.get_running_loop().call_later(0.001, self._gone.set)
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the client has hung up."""
+        return self._gone.is_set()
+
+    async def receive(self) -> dict[str, Any]:
+        """The body, then, once there is one, the end of the connection."""
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        """Take a part of the answer."""
+        self.status = message.get("status", self.status)
+        if message["type"] == "http.response.body":
+            self.is_whole = not message.get("more_body", False)
+            if self._patience is not None:
+                self._patience -= 1
+                if self._patience <= 0:
+                    self._gone.set()
+
+
+async def _in_turns(app: FastAPI, size: int, tenth: int) -> list[float]:
     """Serve a tenth in parts, a fresh process the same in turns; returns ratios of rates."""
     ratios = []
     with _fresh_process() as fresh:
         for turn in range(TURNS):
             numbers = range(turn * size // TURNS, (turn + 1) * size // TURNS)
             beside = _ask(fresh, numbers) if turn % 2 else 0.0
-            _, seconds = await _serve(engine, numbers, tenth)
+            _, seconds = await _serve(app, numbers, tenth)
             ratios.append((beside or _ask(fresh, numbers)) / seconds)
     return ratios
 
@@ -149,14 +210,14 @@ def _ask(fresh: Connection, numbers: range) -> float:
 
 def _serve_numbers(connection: Connection, num_threads: int) -> None:
     async def serve() -> None:
-        async with _warm_engine() as engine:
+        async with _warm_engine() as (_, app):
             connection.send("warm")
             while True:
                 try:
                     numbers = connection.recv()
                 except EOFError:
                     return
-                connection.send((await _serve(engine, numbers, 0))[1])
+                connection.send((await _serve(app, numbers, 0))[1])
 
     torch.set_num_threads(num_threads)
     asyncio.run(serve())

@@ -8,6 +8,7 @@ pools so small that sequences are preempted and cached blocks forgotten. `ledger
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +55,7 @@ class TokenRunner:
         scoring = [self.score(window) for window in windows if not window.num_tokens]
         return [self.settle(window) for window in computing] + scoring
 
-    def check_invariants(self, sequences: SequenceABC[Sequence]) -> None:
+    def check_invariants(self, sequences: SequenceABC[Sequence], named: Mapping[bytes, int]) -> None:
         """The ledger has checked what was written as it was written."""
 
     def score(self, window: ScheduledWindow) -> WindowResult:

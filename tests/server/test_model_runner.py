@@ -56,17 +56,22 @@ def head_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_latent_rows_that_are_wrong_are_found() -> None:
     bench = Bench(tiny_model())
     sequence = bench.place(request(random_ids(5)))
-    bench.runner.check_invariants([sequence])
+    bench.runner.check_invariants([sequence], {})
     bench.execute((sequence, 1))
     sequence.advance(1, 1)
-    bench.runner.check_invariants([sequence])
+    named = {b"its hash": sequence.block_table[0]}
+    bench.runner.check_invariants([sequence], named)
     latents = bench.runner.pool.latents
+    latents[sequence.block_table[0] * bench.config.block_size, 2] += 1.0
+    with pytest.raises(AssertionError, match="have changed"):
+        bench.runner.check_invariants([sequence], named)
+    bench.runner.check_invariants([sequence], {b"another": sequence.block_table[0]})
     latents[sequence.block_table[0] * bench.config.block_size, 3] = math.nan
     with pytest.raises(AssertionError, match="no number"):
-        bench.runner.check_invariants([sequence])
+        bench.runner.check_invariants([sequence], {})
     latents[bench.runner.pool.zero_row, 0] = 1.0
     with pytest.raises(AssertionError, match="of no token"):
-        bench.runner.check_invariants([])
+        bench.runner.check_invariants([], {})
 
 
 def test_the_first_pass_settles_one_row_of_a_strong_recurrence() -> None:

@@ -282,6 +282,7 @@ def test_numbers_that_do_not_go_together(
 
 def test_threads_follow_the_flag_and_the_models_size(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else a quota may have its say
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     command._load(ServerConfig(checkpoint=checkpoint, threads=3))
     command._load(ServerConfig(checkpoint=checkpoint))
