@@ -178,7 +178,12 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
     add("--api-key-file", metavar="FILE", help="more such keys, one a line")
     add("--max-body-size", type=parse_bytes, metavar="BYTES", help="largest request body, such as 512K (default 16M)")
     add("--max-logprobs", type=_at_least(int, 0), metavar="N", help="most logprobs a token may be asked for (default 20)")
-    add("--stream-interval", type=_count, metavar="N", help="tokens in one event of a stream, after the first (default 1)")
+    add(
+        "--stream-interval",
+        type=_count,
+        metavar="N",
+        help="tokens of a choice in one event of a stream, after the first; wait at most a silent second (default 1)",
+    )
     add("--shutdown-timeout", type=_seconds, metavar="SECONDS", help="how long running requests may finish (default 60)")
     add("--lenient", action="store_true", help="answer unknown fields with a warning header instead of a 400")
     add(
