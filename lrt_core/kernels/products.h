@@ -573,8 +573,8 @@ INLINE int64_t tile_bytes(const Matrix& m) {
 }
 
 #if PAIRS
-// `product` of weights in whole numbers, packed as W, with more rows than a block has. Weights are unpacked once for several blocks, a span of a few
-// tiles at a time, which stays in the nearest cache; meanwhile the next span is fetched.
+// `product` of weights in whole numbers, packed as W, with more rows than a block has. Weights are unpacked once for several
+// blocks, a span of a few tiles at a time, which stays in the nearest cache; meanwhile the next span is fetched.
 template <typename W, typename Take>
 INLINE void product_of_spans(const Matrix& m, const Activation& a, int64_t rows, Team& team, Take take) {
     constexpr int64_t kMostBlocks = 11;

@@ -58,11 +58,10 @@ class Soak:
 
 
 def soak(count: int, max_rounds: int = ROUNDS) -> Soak:
-    """`count` requests by CLIENTS clients that each wait for their own; a quarter hang up, at
-    any moment, many of them too late to matter. Closes every tenth.
+    """`count` requests by CLIENTS clients that each wait for their own; a quarter hang up, at any moment, many of them too late
+    to matter. Closes every tenth.
 
-    max_rounds: tenths served afterwards in turns with fresh processes, at most. All tenths ask for the
-    same lengths; ids differ.
+    max_rounds: tenths served afterwards in turns with fresh processes, at most. All ask for the same lengths; ids differ.
     """
     return asyncio.run(_soak(count, max_rounds))
 
