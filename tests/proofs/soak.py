@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import multiprocessing
 import random
 import time
@@ -27,7 +26,7 @@ from fastapi import FastAPI
 from server.engine.async_engine import AsyncEngine
 from tests.helpers import random_ids, tiny_tokenizer
 from tests.proofs.scoring import engine_of, model_of
-from tests.server.fakes import make_app
+from tests.server.fakes import Client, make_app
 
 CLIENTS = 12
 WARM = 50
@@ -127,50 +126,39 @@ async def _client(app: FastAPI, numbers: Iterator[int], tenth: int) -> int:
     for number in numbers:
         rng = random.Random(number)
         ids = random_ids(rng.randint(1, 24), random.Random(f"{number} {tenth}").randint(0, 50))
-        body = {"prompt": ids, "max_tokens": rng.randint(1, 10), "n": rng.choice([1, 1, 1, 2]), "stream": rng.random() < 0.7}
-        call = Call(
-            {**body, "temperature": 0, "ignore_eos": True}, rng.choice([0, 0, 0, 1, 2, 4]) if rng.random() < 1 / 4 else None
-        )
-        await app(call.scope, call.receive, call.send)
-        assert call.status == 200 or call.has_left
-        aborted += not call.is_whole
+        body = {
+            "prompt": ids,
+            "max_tokens": rng.randint(1, 10),
+            "n": rng.choice([1, 1, 1, 2]),
+            "stream": rng.random() < 0.7,
+            "ignore_eos": True,
+        }
+        client = Impatient(app, rng.choice([0, 0, 0, 1, 2, 4]) if rng.random() < 1 / 4 else None, temperature=0, **body)
+        await client.task
+        assert client.status == 200 or client.has_left
+        aborted += not client.is_whole
     return aborted
 
 
-class Call:
-    """One request of the ASGI application, whose client hangs up after so many parts of the answer (0: a millisecond after
-    asking), if it does."""
+class Impatient(Client):
+    """A client that hangs up after so many parts of the answer (0: a millisecond after asking), or never."""
 
-    def __init__(self, body: dict[str, Any], patience: int | None) -> None:
-        self.scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
-        self.status, self.is_whole, self._patience = 0, False, patience
-        self._body: bytes | None = json.dumps(body).encode()
-        self._gone = asyncio.Event()
+    def __init__(self, app: FastAPI, patience: int | None, **fields: Any) -> None:
+        super().__init__(app, **fields)
+        self.has_left, self._patience = False, patience
         if patience == 0:
-            asyncio.get_running_loop().call_later(0.001, self._gone.set)
+            asyncio.get_running_loop().call_later(0.001, self.leave)
 
-    @property
-    def has_left(self) -> bool:
-        """Whether the client has hung up."""
-        return self._gone.is_set()
+    def leave(self) -> None:
+        """Hang up, once."""
+        if not self.has_left:
+            self.has_left = True
+            super().leave()
 
-    async def receive(self) -> dict[str, Any]:
-        """The body, then, once there is one, the end of the connection."""
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
-        await self._gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(self, message: Any) -> None:
-        """Take a part of the answer."""
-        self.status = message.get("status", self.status)
-        if message["type"] == "http.response.body":
-            self.is_whole = not message.get("more_body", False)
-            if self._patience is not None:
-                self._patience -= 1
-                if self._patience <= 0:
-                    self._gone.set()
+    async def _send(self, message: Any) -> None:
+        await super()._send(message)
+        if self._patience is not None and len(self.parts) >= self._patience > 0:
+            self.leave()
 
 
 async def _in_turns(app: FastAPI, size: int, tenth: int) -> list[float]:

@@ -187,6 +187,37 @@ def call(app: FastAPI, method: str, path: str, **options: Any) -> httpx.Response
     return asyncio.run(send())
 
 
+class Client:
+    """A request for a completion whose client can go away at any moment; what it was sent is in `parts`."""
+
+    def __init__(self, app: FastAPI, **fields: Any) -> None:
+        self.parts: list[bytes] = []
+        self.status = 0
+        self.is_whole = False
+        """Whether the answer has come to its end."""
+        self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        body = json.dumps({"model": NAME, "prompt": "hi", **fields}).encode()
+        self._inbox.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+        self.task = asyncio.ensure_future(app(scope, self._inbox.get, self._send))
+
+    @property
+    def body(self) -> bytes:
+        """What it was sent so far."""
+        return b"".join(self.parts)
+
+    def leave(self) -> None:
+        """Hang up."""
+        self._inbox.put_nowait({"type": "http.disconnect"})
+
+    async def _send(self, message: Any) -> None:
+        self.status = message.get("status", self.status)
+        if message["type"] == "http.response.body":
+            self.is_whole = not message.get("more_body", False)
+            if message["body"]:
+                self.parts.append(message["body"])
+
+
 def complete(engine: Any, lenient: bool = False, **fields: Any) -> httpx.Response:
     """POST /v1/completions with `model` and `prompt` filled in unless given."""
     body = {"model": NAME, "prompt": "hi", **fields}

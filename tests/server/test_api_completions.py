@@ -13,7 +13,7 @@ import pytest
 
 from server.api import completions, streaming
 from server.engine.request import AdmissionError, Delta, GenerationRequest, PromptTooLongError, RequestError
-from tests.server.fakes import FakeEngine, Step, assert_envelope, call, complete, events, make_app, say
+from tests.server.fakes import Client, FakeEngine, Step, assert_envelope, call, complete, events, make_app, say
 
 
 def test_plain_response() -> None:
@@ -189,7 +189,7 @@ def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> Non
     async def run() -> list[bytes]:
         go = threading.Event()
         engine = FakeEngine(lambda _request: [Delta(0, "a", [1]), go, Delta(0, "b", [2], finish_reason="length")])
-        client = Client(engine, stream=True)
+        client = Client(make_app(engine), stream=True)
         while client.body.count(b": keep-alive\n\n") < 2:
             await asyncio.sleep(0.005)
         go.set()
@@ -206,9 +206,8 @@ def test_silence_is_filled_also_when_one_of_several_streams_has_ended(monkeypatc
 
     async def run() -> None:
         go, ending = threading.Event(), Delta(0, "a", [1], finish_reason="length")
-        client = Client(
-            FakeEngine(lambda item: [ending] if item.prompt_ids == (1,) else [go, ending]), stream=True, prompt=[[1], [2]]
-        )
+        engine = FakeEngine(lambda item: [ending] if item.prompt_ids == (1,) else [go, ending])
+        client = Client(make_app(engine), stream=True, prompt=[[1], [2]])
         while client.body.count(b": keep-alive\n\n") < 2:
             await asyncio.sleep(0.005)
         go.set()
@@ -223,7 +222,8 @@ def test_tokens_gather_in_events_but_for_the_first_and_the_last() -> None:
         goes = [threading.Event(), threading.Event(), threading.Event()]
         end = Delta(0, "g", [7], finish_reason="length")
         steps = [Delta(0, "a", [1]), goes[0], Delta(0, "b", [2]), Delta(0, "c", [3]), goes[1], Delta(0, "d", [4]), goes[2]]
-        client = Client(FakeEngine(lambda _request: [*steps, Delta(0, "e", [5]), end]), 3, stream=True, return_token_ids=True)
+        engine = FakeEngine(lambda _request: [*steps, Delta(0, "e", [5]), end])
+        client = Client(make_app(engine, stream_interval=3), stream=True, return_token_ids=True)
         for num_parts, go in zip((1, 1, 2), goes, strict=True):
             while len(client.parts) < num_parts:
                 await asyncio.sleep(0.005)
@@ -262,7 +262,7 @@ def test_silence_ends_the_gathering_and_an_error_loses_nothing(monkeypatch: pyte
     async def run() -> list[bytes]:
         go = threading.Event()
         steps = [Delta(0, "a", [1]), Delta(0, "b", [2]), go, Delta(0, "c", [3]), ValueError("broken")]
-        client = Client(FakeEngine(lambda _request: steps), 100, stream=True)
+        client = Client(make_app(FakeEngine(lambda _request: steps), stream_interval=100), stream=True)
         while b'b"' not in client.body:
             await asyncio.sleep(0.005)
         go.set()
@@ -274,36 +274,11 @@ def test_silence_ends_the_gathering_and_an_error_loses_nothing(monkeypatch: pyte
     assert b": keep-alive\n\n" not in parts
 
 
-class Client:
-    """A request whose client can go away at any moment; what it was sent is in `parts`."""
-
-    def __init__(self, engine: FakeEngine, stream_interval: int = 1, **fields: Any) -> None:
-        self.parts: list[bytes] = []
-        self.status = 0
-        self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        body = json.dumps({"model": "tiny", "prompt": "hi", **fields}).encode()
-        self._inbox.put_nowait({"type": "http.request", "body": body, "more_body": False})
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
-        self.task = asyncio.ensure_future(make_app(engine, stream_interval=stream_interval)(scope, self._inbox.get, self._send))
-
-    @property
-    def body(self) -> bytes:
-        return b"".join(self.parts)
-
-    def leave(self) -> None:
-        self._inbox.put_nowait({"type": "http.disconnect"})
-
-    async def _send(self, message: Any) -> None:
-        self.status = message.get("status", self.status)
-        if message.get("body"):
-            self.parts.append(message["body"])
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_aborts_its_requests(stream: bool) -> None:
     async def run() -> None:
         engine = FakeEngine(lambda _request: [Delta(0, "a", [1]), threading.Event()])
-        client = Client(engine, stream=stream, prompt=[[1], [2]])
+        client = Client(make_app(engine), stream=stream, prompt=[[1], [2]])
         while engine.num_in_flight < 2 or (stream and client.body.count(b"data: ") < 2):
             await asyncio.sleep(0.001)
         assert not client.task.done()
@@ -319,7 +294,7 @@ def test_a_client_that_leaves_aborts_its_requests(stream: bool) -> None:
 def test_a_cancelled_stream_aborts_its_requests() -> None:
     async def run() -> None:
         engine = FakeEngine(lambda _request: [threading.Event()])
-        client = Client(engine, stream=True)
+        client = Client(make_app(engine), stream=True)
         while not engine.streams:
             await asyncio.sleep(0)
         client.task.cancel()
